@@ -1,0 +1,1 @@
+"""Learned sparse transformations in JAX (P. Bloem, arXiv 1810.09184)."""
