@@ -1,0 +1,86 @@
+"""Argument checks, made at trace time from shapes and dtypes alone."""
+
+import math
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from hyperlayer_jax.types import IndexTuples
+
+INT32_MAX = 2**31 - 1
+
+
+def check_shape(name: str, shape: Sequence[int], rank: int | None = None) -> tuple[int, ...]:
+    """Returns `shape` as a tuple of ints: axes of 1 to 2^31 - 1, `rank` of them where given."""
+    try:
+        axes = tuple(operator.index(s) for s in shape)
+    except TypeError:
+        raise ValueError(f"{name}: got {shape!r}, want a sequence of ints") from None
+    if not axes or not all(1 <= s <= INT32_MAX for s in axes):
+        raise ValueError(f"{name}: got {axes}, want at least one axis, each of 1 to 2^31 - 1")
+    if rank is not None and len(axes) != rank:
+        raise ValueError(f"{name}: got {axes}, want {rank} axes, one for each learned column")
+    return axes
+
+
+def check_size(name: str, shape: tuple[int, ...]) -> int:
+    """Returns the number of entries of `shape`, which must be countable in int32."""
+    size = math.prod(shape)
+    if size > INT32_MAX:
+        raise ValueError(f"{name}: got {shape} with {size} entries, want at most 2^31 - 1")
+    return size
+
+
+def check_count(name: str, count: int) -> int:
+    """Returns `count` as an int >= 0."""
+    try:
+        number = operator.index(count)
+    except TypeError:
+        raise ValueError(f"{name}: got {count!r}, want an int >= 0") from None
+    if number < 0:
+        raise ValueError(f"{name}: got {number}, want an int >= 0")
+    return number
+
+
+def check_float(name: str, x: jax.Array, min_ndim: int, axes: str) -> None:
+    """Wants `x` to be floating with at least `min_ndim` axes, written `axes`."""
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: got {getattr(x, 'dtype', type(x))}, want a floating array")
+    if x.ndim < min_ndim:
+        raise ValueError(f"{name}: got shape {x.shape}, want {axes}")
+
+
+def check_indices(name: str, indices: jax.Array, min_ndim: int, axes: str) -> None:
+    """Wants `indices` to be int32 with at least `min_ndim` axes, written `axes`."""
+    if not hasattr(indices, "dtype") or indices.dtype != jnp.int32:
+        raise ValueError(f"{name}: got {getattr(indices, 'dtype', type(indices))}, want int32")
+    if indices.ndim < min_ndim or indices.shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {indices.shape}, want {axes}")
+
+
+def check_tuples(tuples: IndexTuples) -> None:
+    """Wants means and sigmas [*B, k, r] and values [*B, k], all floating."""
+    check_float("tuples.means", tuples.means, 2, "[*B, k, r]")
+    check_float("tuples.sigmas", tuples.sigmas, 2, "[*B, k, r]")
+    check_float("tuples.values", tuples.values, 1, "[*B, k]")
+    if tuples.means.shape[-1] == 0:
+        raise ValueError(f"tuples.means: got shape {tuples.means.shape}, want r >= 1")
+    if tuples.sigmas.shape != tuples.means.shape:
+        raise ValueError(
+            f"tuples.sigmas: got shape {tuples.sigmas.shape}, "
+            f"want that of the means, {tuples.means.shape}"
+        )
+    if tuples.values.shape != tuples.means.shape[:-1]:
+        raise ValueError(
+            f"tuples.values: got shape {tuples.values.shape}, "
+            f"want one for each tuple, {tuples.means.shape[:-1]}"
+        )
+
+
+def check_where(where: jax.Array, shape: tuple[int, ...]) -> None:
+    """Wants the mask `where` to be bool of `shape`."""
+    if getattr(where, "dtype", None) != jnp.bool_ or where.shape != shape:
+        got = f"{getattr(where, 'dtype', type(where))}{list(getattr(where, 'shape', ()))}"
+        raise ValueError(f"where: got {got}, want bool{list(shape)}")

@@ -1,0 +1,140 @@
+"""Integer points around real-valued means, and which of them are copies."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperlayer_jax import checks
+from hyperlayer_jax.transforms import last_indices
+from hyperlayer_jax.types import compute_dtype
+
+# Up to this many points, comparing all pairs beats hashing (measured on CPU).
+_MAX_PAIRWISE = 32
+_SLOTS_PER_POINT = 4
+
+
+def sample_indices(
+    key: jax.Array,
+    means: jax.Array,
+    shape: Sequence[int],
+    *,
+    num_global: int = 0,
+    num_local: int = 0,
+    region: int | Sequence[int] | None = None,
+) -> jax.Array:
+    """Draws the integer points over which the tuples of each chunk spread their values.
+
+    Around each mean: its 2^r floor/ceil neighbours, `num_global` points uniform over the whole
+    index space, and `num_local` points uniform over a box of `region` indices centred on the
+    rounded mean and shifted back inside at the borders (section 2 of the paper, "sampling").
+    Means outside the space are clipped to it.
+
+    Args:
+      key: a PRNG key.
+      means: float [*B, k, r], any finite values.
+      shape: the r axes of the index space.
+      num_global: points per tuple drawn from the whole space.
+      num_local: points per tuple drawn from the region.
+      region: the axes of the box, or one int for all of them; an axis longer than that of the
+        space is clipped to it. Needed when num_local > 0.
+
+    Returns:
+      int32 [*B, m, r] in [0, shape), m = k * (2^r + num_global + num_local), tuple by tuple:
+      neighbours, global points, local points. No gradient reaches the means through it.
+
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or range.
+    """
+    checks.check_float("means", means, 2, "[*B, k, r]")
+    *leading, k, r = means.shape
+    shape = checks.check_shape("shape", shape, r)
+    num_global = checks.check_count("num_global", num_global)
+    num_local = checks.check_count("num_local", num_local)
+    global_key, local_key = jax.random.split(key)
+
+    means = jax.lax.stop_gradient(means)[..., None, :]
+    aligned = (1,) * (means.ndim - 1) + (r,)
+    low, high = _to_indices(jnp.floor(means), shape), _to_indices(jnp.ceil(means), shape)
+    corners = np.array(list(itertools.product([False, True], repeat=r)))
+    points = [jnp.where(corners.reshape(aligned[:-2] + corners.shape), high, low)]
+    sizes = np.reshape(shape, aligned).astype(np.int32)
+    if num_global:
+        points.append(jax.random.randint(global_key, (*leading, k, num_global, r), 0, sizes))
+    if num_local:
+        if region is None:
+            raise ValueError("region: got None, want the axes of the region when num_local > 0")
+        region = checks.check_shape("region", (region,) * r if np.ndim(region) == 0 else region, r)
+        region = np.minimum(region, sizes).astype(np.int32)
+        start = jnp.clip(round_means(means, shape) - region // 2, 0, sizes - region)
+        offset = jax.random.randint(local_key, (*leading, k, num_local, r), 0, region)
+        points.append(start + offset)
+    return jnp.concatenate(points, axis=-2).reshape(*leading, -1, r)
+
+
+def round_means(means: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Rounds means [*B, k, r] to int32 indices in [0, shape), halves to even."""
+    return _to_indices(jnp.round(jax.lax.stop_gradient(means)), shape)
+
+
+def _to_indices(whole: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Clips whole floating numbers [..., r] to [0, shape) and makes them int32, without overflow."""
+    whole = whole.astype(compute_dtype(whole.dtype))
+    last = last_indices(shape, whole.dtype).reshape((1,) * (whole.ndim - 1) + (-1,))
+    return jnp.clip(whole, 0, last).astype(jnp.int32)
+
+
+def duplicate_mask(indices: jax.Array) -> jax.Array:
+    """Marks every copy of a point but the first.
+
+    Exact for all int32 coordinates. Points are hashed into a table; where two different points
+    meet in a slot, the earlier one is settled and the others are hashed anew. No arithmetic is
+    done on coordinates, and time and memory are linear in m.
+
+    Args:
+      indices: int32 [*B, m, r].
+
+    Returns:
+      bool [*B, m], True where an earlier point of the same chunk has the same coordinates.
+
+    Raises:
+      ValueError: `indices` is not int32 [*B, m, r].
+    """
+    checks.check_indices("indices", indices, 2, "[*B, m, r]")
+    *leading, m, r = indices.shape
+    if m <= _MAX_PAIRWISE:
+        columns = jnp.moveaxis(indices, -1, 0)
+        same = (columns[..., :, None] == columns[..., None, :]).all(0)
+        earlier = np.tri(m, k=-1, dtype=bool).reshape((1,) * len(leading) + (m, m))
+        return (same & earlier).any(-1)
+
+    points = indices.reshape(-1, m, r)
+    chunks = points.shape[0]
+    chunk = jnp.arange(chunks, dtype=jnp.int32)[:, None]
+    position = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32)[None], (chunks, m))
+    num_bits = (_SLOTS_PER_POINT * m - 1).bit_length()
+
+    def settle(state):
+        salt, open_, copy = state
+        slot = jnp.where(open_, _hash(points, salt, num_bits), 2**num_bits)
+        table = jnp.full((chunks, 2**num_bits), m, jnp.int32)
+        table = table.at[chunk, slot].min(position, mode="drop")
+        winner = jnp.where(open_, table.at[chunk, slot].get(mode="clip"), 0)
+        same = open_ & (points == points.at[chunk, winner].get(mode="clip")).all(-1)
+        return salt + 1, open_ & ~same, copy | (same & (winner != position))
+
+    open_ = jnp.ones((chunks, m), bool)
+    state = (jnp.uint32(1), open_, jnp.zeros_like(open_))
+    _, _, copy = jax.lax.while_loop(lambda state: state[1].any(), settle, state)
+    return copy.reshape(*leading, m)
+
+
+def _hash(points: jax.Array, salt: jax.Array, num_bits: int) -> jax.Array:
+    """Hashes int32 [..., r] to int32 [...] in [0, 2^num_bits): rounds of multiply and xor-shift."""
+    state = salt * jnp.uint32(0x85EBCA6B)
+    for a in range(points.shape[-1]):
+        state = (state ^ points[..., a].astype(jnp.uint32)) * jnp.uint32(0x9E3779B1)
+        state = state ^ (state >> 15)
+    return ((state * jnp.uint32(0x85EBCA6B)) >> (32 - num_bits)).astype(jnp.int32)
