@@ -98,6 +98,7 @@ def train(
     compile_seconds = time.perf_counter() - began
 
     step, train_seconds = 0, 0.0
+    intervals = [log_every] if evaluate is None else [log_every, evaluate_every]
     workdir.mkdir(parents=True, exist_ok=True)
     with (
         _deferred_interrupt() as interrupts,
@@ -112,7 +113,7 @@ def train(
                 bar.write(f"step {step}  {line}")
             if interrupts or step == steps:
                 break
-            stop = min(steps, _next_multiple(step, log_every), _next_multiple(step, evaluate_every))
+            stop = min(steps, *(_next_multiple(step, interval) for interval in intervals))
             began = time.perf_counter()
             state, sums, loss = compiled(state, np.int32(stop), key, data)
             done, sums, loss = jax.device_get((state.step, sums, loss))
@@ -153,13 +154,14 @@ def _make_updates(
             return loss, (scalars, nnx.split(model, nnx.Param, ...)[2])
 
         gradients, (scalars, rest) = jax.grad(objective, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        step = state.step + 1
-        mean = state.average
-        if average is not None:
-            weight = jnp.maximum(1 - average, 1 / step.astype(jnp.float32))
-            mean = optax.incremental_update(params, mean, weight)
+        step, mean = state.step + 1, state.average
+        # Optax itself promotes, where a caller may have asked JAX for strictness.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            if average is not None:
+                weight = jnp.maximum(1 - average, 1 / step)
+                mean = optax.incremental_update(params, mean, weight)
         return _State(step, params, rest, opt_state, mean), scalars
 
     def updates(state: _State, stop: jax.Array, key: jax.Array, data: Any):
