@@ -78,6 +78,15 @@ def test_ctrl_c_keeps_what_was_learned(tmp_path):
     assert params.keys() == {"kernel", "bias"} and np.isfinite(params["kernel"]).all()
 
 
+def test_ctrl_c_before_the_first_step_leaves_at_once(tmp_path):
+    process = start(tmp_path, "--workdir=run")
+    assert process.stdout.readline() == "writing to run\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.split("\n")[-2] == "interrupted; see run" and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

@@ -5,11 +5,13 @@ import dataclasses
 import datetime
 import itertools
 import json
+import os
 import pathlib
+import signal
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NoReturn
 
 from absl import flags
@@ -74,13 +76,14 @@ def launch(
         (workdir / "config.json").write_text(text)
     except OSError as error:
         _exit(f"--workdir: {error}", 2)
-    print(f"writing to {workdir}", flush=True)
     try:
-        figures = train_and_evaluate(config, workdir)
+        with _leave_on_interrupt(f"interrupted; see {workdir}"):
+            print(f"writing to {workdir}", flush=True)
+            figures = train_and_evaluate(config, workdir)
     except (DataError, FloatingPointError) as error:
         _exit(error, 1)
     except KeyboardInterrupt as interrupt:
-        _exit(f"{interrupt or 'interrupted'}; see {workdir}", 130)
+        _exit(f"{interrupt}; see {workdir}", 130)
     print(json.dumps(figures, default=lambda scalar: scalar.item()))
 
 
@@ -131,6 +134,25 @@ def _make_workdir(workdir: str | None, task: str) -> pathlib.Path:
             path = pathlib.Path("runs", name + suffix)
             path.mkdir(parents=True)
             return path
+
+
+@contextlib.contextmanager
+def _leave_on_interrupt(message: str) -> Iterator[None]:
+    """Makes Ctrl-C leave at once, where the training loop does not defer it.
+
+    Python's own way, an exception from anywhere, may be swallowed by a callback of JAX, and may
+    crash the interpreter as it unwinds. All files are either whole or lines, so this loses nothing.
+    """
+
+    def leave(signum, frame):
+        os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
+        os._exit(130)
+
+    previous = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _exit(message: object, status: int) -> NoReturn:

@@ -65,7 +65,8 @@ def train(
         evaluated, saved and returned.
       log_every: steps per line of metrics.
       evaluate: `(model, step) -> figures`, called before the first step, every `evaluate_every`
-        steps and after the last; the figures are logged and printed.
+        steps and after the last; the figures, if any, are logged and printed. Interrupted, the
+        loop ends without a last call.
       evaluate_every: see `evaluate`.
 
     Returns:
@@ -108,9 +109,10 @@ def train(
         while True:
             if evaluate is not None and (step % evaluate_every == 0 or step == steps):
                 figures = {name: float(x) for name, x in evaluate(evaluated(state), step).items()}
-                write(step, figures)
-                line = "  ".join(f"{name} {figure:.4g}" for name, figure in figures.items())
-                bar.write(f"step {step}  {line}")
+                if figures:
+                    write(step, figures)
+                    texts = (f"{name} {figure:.4g}" for name, figure in figures.items())
+                    bar.write("  ".join([f"step {step}", *texts]))
             if interrupts or step == steps:
                 break
             stop = min(steps, *(_next_multiple(step, interval) for interval in intervals))
