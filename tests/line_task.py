@@ -1,0 +1,60 @@
+"""Fits a line: the smallest task that stands on the base of the launchers.
+
+python -m line_task --steps=100
+"""
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from train import data, launcher, loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(launcher.Config):
+    """How to fit."""
+
+    steps: int = launcher.flag(200, "Number of updates.", minimum=1)
+    learning_rate: float = launcher.flag(0.05, "Size of a step.", minimum=0.0)
+    optimizer: Literal["adam", "sgd"] = launcher.flag("adam", "Rule of the updates.")
+    noisy: bool = launcher.flag(False, "Adds noise to the targets.")
+    clip: float | None = launcher.flag(None, "Largest norm of the gradient.")
+    data_dir: str | None = launcher.flag(None, "Folder of MNIST, to read it first.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.optimizer == "sgd" and self.clip is None:
+            raise ValueError("--optimizer=sgd needs --clip")
+
+
+def loss_fn(model, key, step, data):
+    del step
+    x, y = data
+    batch = jax.random.randint(key, (16,), 0, len(x))
+    loss = jnp.mean((model(x[batch]) - y[batch]) ** 2)
+    return loss, {"rmse": jnp.sqrt(loss)}
+
+
+def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    if config.data_dir is not None:
+        data.load("mnist", config.data_dir)
+    x = jnp.linspace(-1, 1, 64)[:, None]
+    _, figures = loop.train(
+        nnx.Linear(1, 1, rngs=nnx.Rngs(config.seed)),
+        optax.adam(config.learning_rate),
+        loss_fn,
+        (x, 2 * x + 1),
+        key=jax.random.key(config.seed),
+        steps=config.steps,
+        workdir=workdir,
+    )
+    return figures
+
+
+if __name__ == "__main__":
+    launcher.launch(Config, train_and_evaluate)
