@@ -1,1 +1,33 @@
-"""Learned sparse transformations in JAX (P. Bloem, arXiv 1810.09184)."""
+"""Learned sparse transformations in JAX: the adaptive sparse hyperlayer.
+
+P. Bloem, "Learning sparse transformations through backpropagation", arXiv 1810.09184.
+"""
+
+from hyperlayer_jax.density import redistribute
+from hyperlayer_jax.hyperlayer import apply_template, discretize, round_tuples
+from hyperlayer_jax.sampling import duplicate_mask, sample_indices
+from hyperlayer_jax.sort import SoftSort, bucket_starts, soft_quicksort
+from hyperlayer_jax.tensors import contract, sparse_softmax, todense, transpose
+from hyperlayer_jax.transforms import transform_means, transform_sigmas
+from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
+
+__all__ = [
+    "IndexTuples",
+    "RowSparseTensor",
+    "SoftSort",
+    "SparseTensor",
+    "apply_template",
+    "bucket_starts",
+    "contract",
+    "discretize",
+    "duplicate_mask",
+    "redistribute",
+    "round_tuples",
+    "sample_indices",
+    "soft_quicksort",
+    "sparse_softmax",
+    "todense",
+    "transform_means",
+    "transform_sigmas",
+    "transpose",
+]

@@ -1,0 +1,267 @@
+"""The adaptive sparse hyperlayer as a module, and the sparse linear layer."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hyperlayer_jax import checks
+from hyperlayer_jax.hyperlayer import apply_template, discretize, round_tuples
+from hyperlayer_jax.tensors import contract
+from hyperlayer_jax.transforms import transform_means, transform_sigmas
+from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
+
+
+class HyperLayer(nnx.Module):
+    """Multiplies its input by a sparse tensor that a hypernetwork emits for that input.
+
+    y = W(x) x + b, where W [*out_shape, *in_shape] is only known by index tuples (section 2 of the
+    paper). In training, W is sampled around the means; deterministic, the means are rounded.
+
+    Three kinds of template decide which columns of W's index tuples are learned:
+
+    - None: all of them, those of the output before those of the input. The hypernetwork returns
+      means [*B, *chunks, k, R], R = len(out_shape) + len(in_shape).
+    - "output": every output owns k entries, so only the input's columns are learned: means
+      [*B, rows, k, len(in_shape)], rows = prod(out_shape). Contracted without a scatter.
+    - int32 [*chunks, R] with `columns`: each chunk has fixed coordinates, but for its `columns`:
+      means [*B, *chunks, k, len(columns)].
+    """
+
+    def __init__(
+        self,
+        hypernetwork: Callable[[jax.Array], IndexTuples],
+        out_shape: Sequence[int],
+        in_shape: Sequence[int],
+        *,
+        template: str | jax.Array | None = None,
+        columns: Sequence[int] | None = None,
+        num_feature_axes: int = 0,
+        num_global: int = 0,
+        num_local: int = 0,
+        region: int | Sequence[int] | None = None,
+        use_bias: bool = False,
+        deterministic: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the layer.
+
+        Args:
+          hypernetwork: maps x [*B, *in_shape, *D] to `IndexTuples` as above.
+          out_shape: the axes of the output.
+          in_shape: the axes of the input that are summed over.
+          template: see the class.
+          columns: the learned columns of an array template.
+          num_feature_axes: how many axes *D of x there are behind those of in_shape.
+          num_global: points per tuple drawn from the whole space.
+          num_local: points per tuple drawn from the region.
+          region: the axes of the region around a mean; needed when num_local > 0.
+          use_bias: adds a learned [*out_shape], 0 at first.
+          deterministic: rounds the means; `nnx.view(model, deterministic=True)` for evaluation.
+          rngs: the stream `sample` draws points.
+
+        Raises:
+          ValueError: a shape or the template is out of range.
+        """
+        self.out_shape = checks.check_shape("out_shape", out_shape)
+        self.in_shape = checks.check_shape("in_shape", in_shape)
+        if isinstance(template, str) and template != "output":
+            raise ValueError(f'template: got {template!r}, want None, "output" or an int32 array')
+        is_array = template is not None and not isinstance(template, str)
+        if is_array != (columns is not None):
+            raise ValueError("columns: wanted with an array as template, and only then")
+        self.by_output = isinstance(template, str)
+        self.template = nnx.data(template if is_array else None)
+        self.columns = tuple(columns) if is_array else None
+        self.hypernetwork = hypernetwork
+        self.num_feature_axes = checks.check_count("num_feature_axes", num_feature_axes)
+        self.num_global = num_global
+        self.num_local = num_local
+        self.region = region
+        self.bias = nnx.Param(jnp.zeros(self.out_shape)) if use_bias else nnx.data(None)
+        self.deterministic = deterministic
+        self.rngs = rngs["sample"].fork()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [*B, *in_shape, *D] to [*B, *out_shape, *D]."""
+        checks.check_float(
+            "x", x, len(self.in_shape) + self.num_feature_axes, "[*B, *in_shape, *D]"
+        )
+        num_batch_axes = x.ndim - len(self.in_shape) - self.num_feature_axes
+        y = contract(self.tensor(self.hypernetwork(x), num_batch_axes, x.dtype), x)
+        if self.bias is None:
+            return y
+        return y + self.bias[...].astype(y.dtype).reshape(
+            (1,) * num_batch_axes + self.out_shape + (1,) * self.num_feature_axes
+        )
+
+    def tensor(
+        self, tuples: IndexTuples, num_batch_axes: int, dtype: jnp.dtype
+    ) -> SparseTensor | RowSparseTensor:
+        """Samples tuples, or rounds them, into the sparse tensor W of leading axes *B."""
+        num_out = len(self.out_shape)
+        shape = self.out_shape + self.in_shape
+        columns = tuple(range(num_out, len(shape))) if self.by_output else self.columns
+        space = shape if columns is None else tuple(shape[c] for c in columns)
+        if self.deterministic:
+            indices, values = round_tuples(tuples, space)
+        else:
+            indices, values = discretize(
+                self.rngs(),
+                tuples,
+                space,
+                num_global=self.num_global,
+                num_local=self.num_local,
+                region=self.region,
+            )
+        values = values.astype(dtype)
+        if self.by_output:
+            return RowSparseTensor(indices, values, self.out_shape, self.in_shape)
+        batch, chunks = values.shape[:num_batch_axes], values.shape[num_batch_axes:-1]
+        if columns is not None:
+            template = jnp.broadcast_to(self.template, (*batch, *chunks, len(shape)))
+            indices = apply_template(template, indices, columns=columns)
+        num_entries = math.prod(values.shape[num_batch_axes:])
+        return SparseTensor(
+            indices.reshape(*batch, num_entries, len(shape)),
+            values.reshape(*batch, num_entries),
+            self.out_shape,
+            self.in_shape,
+        )
+
+    def set_view(self, deterministic: bool | None = None):
+        """Called by `nnx.view`.
+
+        Args:
+          deterministic: rounds the means instead of sampling around them.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+class FreeTuples(nnx.Module):
+    """Index tuples that are parameters: a hypernetwork that does not look at its input."""
+
+    def __init__(
+        self,
+        chunks: Sequence[int],
+        num_tuples: int,
+        shape: Sequence[int],
+        *,
+        values: float | None = None,
+        sigma_scale: float = 0.1,
+        min_sigma: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        """Spreads the means at random over the index space.
+
+        Args:
+          chunks: the chunk axes of the tuples, () for a single chunk.
+          num_tuples: k, the tuples in a chunk.
+          shape: the r axes of the index space.
+          values: the value of every tuple, fixed; learned, from a normal distribution, where None.
+          sigma_scale: see `transform_sigmas`.
+          min_sigma: the smallest sigma, in indices.
+          rngs: the stream `params` draws the initial means and values.
+        """
+        self.shape = checks.check_shape("shape", shape)
+        size = (*chunks, num_tuples)
+        start = jax.random.uniform(rngs.params(), (*size, len(self.shape)), minval=0.02, maxval=0.98)
+        self.means = nnx.Param(jnp.log(start) - jnp.log1p(-start))
+        self.sigmas = nnx.Param(jnp.zeros(size))
+        if values is None:
+            self.values = nnx.Param(jax.random.normal(rngs.params(), size) * num_tuples**-0.5)
+        else:
+            self.values = nnx.Variable(jnp.full(size, values, jnp.float32))
+        self.sigma_scale = sigma_scale
+        self.min_sigma = min_sigma
+
+    def __call__(self, x: jax.Array | None = None) -> IndexTuples:
+        """Returns means and sigmas [*chunks, k, r] and values [*chunks, k], whatever x is."""
+        return IndexTuples(
+            transform_means(self.means[...], self.shape),
+            transform_sigmas(
+                self.sigmas[...], self.shape, scale=self.sigma_scale, minimum=self.min_sigma
+            ),
+            self.values[...],
+        )
+
+
+class SparseLinear(nnx.Module):
+    """A linear layer that learns which of its weights exist: y = W x + b, W of free tuples.
+
+    One W serves a whole batch, and is sampled anew at every call.
+    """
+
+    def __init__(
+        self,
+        in_shape: int | Sequence[int],
+        out_shape: int | Sequence[int],
+        num_tuples: int,
+        *,
+        by_output: bool = False,
+        values: float | None = None,
+        sigma_scale: float = 0.1,
+        min_sigma: float = 0.0,
+        num_global: int = 0,
+        num_local: int = 0,
+        region: int | Sequence[int] | None = None,
+        use_bias: bool = False,
+        deterministic: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the layer.
+
+        Args:
+          in_shape: the axes of the input.
+          out_shape: the axes of the output.
+          num_tuples: the tuples of W, or with `by_output` those of each output.
+          by_output: gives every output `num_tuples` tuples of its own and learns only their inputs;
+            otherwise both are learned.
+          values: the value of every tuple, fixed; learned where None.
+          sigma_scale: see `transform_sigmas`.
+          min_sigma: the smallest sigma, in indices.
+          num_global: points per tuple drawn from the whole space.
+          num_local: points per tuple drawn from the region.
+          region: the axes of the region around a mean; needed when num_local > 0.
+          use_bias: adds a learned [*out_shape], 0 at first.
+          deterministic: rounds the means; `nnx.view(model, deterministic=True)` for evaluation.
+          rngs: the streams `params` and `sample`.
+
+        Raises:
+          ValueError: a shape is out of range.
+        """
+        in_shape = (in_shape,) if isinstance(in_shape, int) else tuple(in_shape)
+        out_shape = (out_shape,) if isinstance(out_shape, int) else tuple(out_shape)
+        tuples = FreeTuples(
+            (math.prod(out_shape),) if by_output else (),
+            num_tuples,
+            in_shape if by_output else out_shape + in_shape,
+            values=values,
+            sigma_scale=sigma_scale,
+            min_sigma=min_sigma,
+            rngs=rngs,
+        )
+        # The batch travels as the feature axis of an unbatched layer.
+        self.layer = HyperLayer(
+            tuples,
+            out_shape,
+            in_shape,
+            template="output" if by_output else None,
+            num_feature_axes=1,
+            num_global=num_global,
+            num_local=num_local,
+            region=region,
+            use_bias=use_bias,
+            deterministic=deterministic,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [*B, *in_shape] to [*B, *out_shape]."""
+        checks.check_float("x", x, len(self.layer.in_shape), "[*B, *in_shape]")
+        batch = x.shape[: x.ndim - len(self.layer.in_shape)]
+        features = jnp.moveaxis(x.reshape(math.prod(batch), *self.layer.in_shape), 0, -1)
+        return jnp.moveaxis(self.layer(features), -1, 0).reshape(*batch, *self.layer.out_shape)

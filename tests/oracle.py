@@ -1,0 +1,76 @@
+"""The method in NumPy float64, written from the paper with loops and dense arrays.
+
+Nothing here is shared with the library: section numbers are those of arXiv 1810.09184.
+"""
+
+import itertools
+
+import numpy as np
+
+
+def neighbours(mean):
+    """The 2^r corners of the cell around a mean [r], as a list of integer tuples."""
+    axes = [(int(np.floor(c)), int(np.ceil(c))) for c in mean]
+    return list(itertools.product(*axes))
+
+
+def first_occurrences(points):
+    """True for points [m, r] that no earlier point equals."""
+    seen, first = set(), []
+    for point in map(tuple, np.asarray(points).tolist()):
+        first.append(point not in seen)
+        seen.add(point)
+    return np.array(first, bool)
+
+
+def redistribute(points, means, sigmas, values, allowed=None):
+    """One chunk: points [m, r], means and sigmas [k, r], values [k] -> [m] in float64."""
+    points, means, sigmas, values = (
+        np.asarray(a, np.float64) for a in (points, means, sigmas, values)
+    )
+    open_ = first_occurrences(points.astype(np.int64))
+    if allowed is not None:
+        open_ = open_ & np.asarray(allowed)
+    out = np.zeros(len(points))
+    if not open_.any():
+        return out
+    for mean, sigma, value in zip(means, sigmas, values, strict=True):
+        # A sigma of 0 is the limit of small ones; 1e-5 of an index is that limit in float64 too.
+        log_density = -0.5 * (((points - mean) / np.maximum(sigma, 1e-5)) ** 2).sum(-1)
+        log_density = np.where(open_, log_density, -np.inf)
+        density = np.exp(log_density - log_density.max())
+        out += value * density / density.sum()
+    return out
+
+
+def dense(indices, values, shape):
+    """Entries indices [n, R], values [n] as a dense tensor of `shape`; entries add up."""
+    tensor = np.zeros(shape)
+    for index, value in zip(np.asarray(indices).tolist(), np.asarray(values), strict=True):
+        tensor[tuple(index)] += value
+    return tensor
+
+
+def contract(indices, values, x, out_shape, in_shape):
+    """A dense tensor product: x [*in_shape, *D] -> [*out_shape, *D]."""
+    tensor = dense(indices, values, (*out_shape, *in_shape))
+    return np.tensordot(tensor, np.asarray(x, np.float64), axes=len(in_shape))
+
+
+def split_probability(scores, upper, certainty):
+    """The chance that a bucket of `scores` [n] is split so that items `upper` go up (section 3.3)."""
+    pivot = np.median(scores)
+    up = 1 / (1 + np.exp(-certainty * (np.asarray(scores, np.float64) - pivot)))
+    return np.prod([up[i] if i in upper else 1 - up[i] for i in range(len(scores))])
+
+
+def soft_split(scores, candidates, certainty):
+    """The mean permutation of a bucket over `candidates`, sets of upper items, copies once."""
+    n = len(scores)
+    total, matrix = 0.0, np.zeros((n, n))
+    for upper in {frozenset(c) for c in candidates}:
+        order = [i for i in range(n) if i not in upper] + [i for i in range(n) if i in upper]
+        weight = split_probability(scores, upper, certainty)
+        total += weight
+        matrix[np.arange(n), order] += weight
+    return matrix / total
