@@ -29,7 +29,7 @@ def sample_indices(
 
     Around each mean: its 2^r floor/ceil neighbours, `num_global` points uniform over the whole
     index space, and `num_local` points uniform over a box of `region` indices centred on the
-    rounded mean and shifted back inside at the borders (section 2 of the paper, "sampling").
+    rounded mean and shifted back inside at the borders (equation 4 of docs/method.md).
     Means outside the space are clipped to it.
 
     Args:

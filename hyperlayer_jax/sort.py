@@ -37,10 +37,11 @@ def soft_quicksort(
     certainty: float,
     proposal: str = "local",
 ) -> SoftSort:
-    """Sorts items by ascending score, softly enough to learn the scores (section 3.3 of the paper).
+    """Sorts items by ascending score, softly enough to learn the scores.
 
     Quicksort with exact halves: at each level, every bucket is split around its median score, the
-    pivot. An item goes up with probability sigmoid(certainty * (score - pivot)). Candidates are
+    pivot (equations 10 and 11 of docs/method.md). An item goes up with probability
+    sigmoid(certainty * (score - pivot)). Candidates are
     the split by score and `num_samples` random ones, copies counted once; each is a permutation
     (the lower half before the upper half, in both the order that they had), weighted by its
     probability among the candidates of its bucket. Their weighted sum is applied to the items

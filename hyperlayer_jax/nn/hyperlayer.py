@@ -17,8 +17,8 @@ from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
 class HyperLayer(nnx.Module):
     """Multiplies its input by a sparse tensor that a hypernetwork emits for that input.
 
-    y = W(x) x + b, where W [*out_shape, *in_shape] is only known by index tuples (section 2 of the
-    paper). In training, W is sampled around the means; deterministic, the means are rounded.
+    y = W(x) x + b, where W [*out_shape, *in_shape] is only known by index tuples (equation 1 of
+    docs/method.md). In training, W is sampled around the means; deterministic, the means are rounded.
 
     Three kinds of template decide which columns of W's index tuples are learned:
 
