@@ -1,5 +1,9 @@
 """Laws of the sparse products, against a float64 oracle written entry by entry."""
 
+import re
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import kernels_oracle as oracle
@@ -9,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 
 from hyperlayer_jax import kernels
+from hyperlayer_jax.kernels import api, xla
 
 OPERATIONS = ("ell_spmm", "ell_spmm_transposed", "ell_sddmm", "spmm", "sddmm")
 
@@ -212,39 +217,124 @@ def test_shard_map_shards_the_batch(name, replicated):
 def test_wrong_input_names_the_argument():
     indices, values = jnp.zeros((2, 5, 3), jnp.int32), jnp.zeros((2, 5, 3))
     dense = jnp.zeros((2, 7, 4))
-    entries = jnp.zeros((2, 11), jnp.int32)
+    entries, means = jnp.zeros((2, 11), jnp.int32), jnp.zeros((2, 3, 1))
     cases = {
-        r"values must have shape \[\*B,i,p\] with \*B=\(2,\), i=5, p=3; got \(2, 5, 4\)": (
+        r"values: got shape (2, 5, 4), want [*B,i,p] with *B = (2,), i = 5, p = 3": (
             lambda: kernels.ell_spmm(indices, jnp.zeros((2, 5, 4)), dense)
         ),
-        r"dense must have shape .* with \*B=\(2,\).*got \(3, 7, 4\)": (
+        "dense: got shape (3, 7, 4), want [*B,j,d] with *B = (2,), j = 7, d = 4": (
             lambda: kernels.ell_spmm(indices, values, jnp.zeros((3, 7, 4)))
         ),
-        r"indices must have shape .*got \(3,\)": (
+        "indices: got shape (3,), want [*B,i,p] with *B = (), i = 3": (
             lambda: kernels.ell_spmm(jnp.zeros(3, jnp.int32), values, dense)
         ),
-        "indices must be int32, got int16": (
+        "indices: got int16, want int32": (
             lambda: kernels.ell_sddmm(indices.astype(jnp.int16), values, dense)
         ),
-        "values must be one of bfloat16, float32, float64; got int32": (
+        "values: got int32, want one of bfloat16, float32, float64": (
             lambda: kernels.ell_spmm(indices, indices, dense)
         ),
-        "dense must be float32 like the others, got bfloat16": (
+        "dense: got bfloat16, want float32 like the others": (
             lambda: kernels.ell_spmm(indices, values, dense.astype(jnp.bfloat16))
         ),
-        r"cols must have shape .*got \(2, 12\)": (
+        "cols: got shape (2, 12), want [*B,n] with *B = (2,), n = 11": (
             lambda: kernels.sddmm(entries, jnp.zeros((2, 12), jnp.int32), dense, dense)
         ),
-        "num_rows must be a static integer of at least 0, got -1": (
+        "num_rows: got -1, want a static integer of at least 0": (
             lambda: kernels.spmm(entries, entries, jnp.zeros((2, 11)), dense, num_rows=-1)
         ),
-        "num_cols must be a static integer of at least 0, got 2.0": (
+        "num_cols: got 2.0, want a static integer of at least 0": (
             lambda: kernels.ell_spmm_transposed(indices, values, dense[:, :5], num_cols=2.0)
         ),
-        "implementation must be None or one of 'xla', got 'cusparse'": (
+        "implementation: got 'cusparse', want None or one of 'xla'": (
             lambda: kernels.ell_spmm(indices, values, dense, implementation="cusparse")
+        ),
+        "where: got float32, want bool": (
+            lambda: kernels.redistribute(
+                entries[..., None], means, means, values[:, 0], jnp.zeros((2, 11))
+            )
+        ),
+        "points: got shape (2, 11, 0), want r >= 1": (
+            lambda: kernels.redistribute(
+                jnp.zeros((2, 11, 0), jnp.int32),
+                means[..., :0],
+                means[..., :0],
+                values[:, 0],
+                entries > 0,
+            )
+        ),
+        "v: got shape (2, 5, 4), want [*B,s,dv] with *B = (2,), s = 7": (
+            lambda: kernels.gathered_attention(
+                jnp.zeros((2, 5, 4)), dense, jnp.zeros((2, 5, 4)), indices, values
+            )
+        ),
+        "q: got shape (2, 5, 0), want d >= 1": (
+            lambda: kernels.gathered_attention(
+                jnp.zeros((2, 5, 0)), dense[..., :0], dense, indices, values
+            )
+        ),
+        "block: got 3 for 15 queries in 5 blocks and 7 keys, want": (
+            lambda: kernels.block_attention(
+                jnp.zeros((2, 15, 4)), dense, dense, indices, values, block=3, causal=True
+            )
         ),
     }
     for message, call in cases.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=re.escape(message)):
             call()
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """A backend called "probe" that serves two operations, up to 8 features, and logs its calls."""
+
+    def serve(operation):
+        def function(*operands, interpret, **sizes):
+            assert all(x.ndim == r for x, r in zip(operands, (3, 3, 3), strict=True))
+            module.calls.append((operation, operands[0].shape, interpret))
+            return getattr(xla, operation)(*operands, **sizes)
+
+        return function
+
+    def lacks(operation, *operands, **sizes):
+        return "d = 9 is above 8" if operands[-1].shape[-1] > 8 else ""
+
+    module = types.ModuleType("probe")
+    module.calls, module.lacks = [], lacks
+    module.ell_spmm, module.ell_sddmm = serve("ell_spmm"), serve("ell_sddmm")
+    monkeypatch.setitem(sys.modules, "hyperlayer_jax.kernels.probe", module)
+    monkeypatch.setattr(api, "_BACKENDS", ("xla", "probe"))
+    return module
+
+
+def test_a_forced_backend_serves_or_says_what_it_lacks(backend):
+    function, positions, floats, expected = example("ell_spmm", (2, 3))
+    assert_close(function(positions, floats, implementation="probe"), expected(*floats))
+    assert backend.calls[0] == ("ell_spmm", (6, 5, 3), True)
+    with pytest.raises(NotImplementedError, match="got 'probe', but there is no ell_spmm_transp"):
+        jax.grad(lambda f: function(positions, f, implementation="probe").sum())(floats)
+    function, positions, floats, _ = example("ell_sddmm", d=9)
+    with pytest.raises(NotImplementedError, match="got 'probe', but d = 9 is above 8"):
+        function(positions, floats, implementation="probe")
+
+
+def test_a_backend_sees_one_batch_axis_under_vmap(backend):
+    function, positions, (values, dense), _ = example("ell_spmm", (3, 2))
+    force = lambda values: function(  # noqa: E731
+        (positions[0][0],), (values, dense[0]), implementation="probe"
+    )
+    shared = [jnp.broadcast_to(x[:1], x.shape) for x in (positions[0], dense)]
+    actual = jax.jit(jax.vmap(force))(values)
+    assert_close(actual, function((shared[0],), (values, shared[1])))
+    assert backend.calls[-1][1] == (6, 5, 3)
+
+
+def test_none_takes_what_is_listed_as_faster(backend, monkeypatch):
+    rows = (("probe", lambda indices, values, dense: dense.shape[-1] > 2),)
+    monkeypatch.setattr(api, "_FASTER", {(jax.default_backend(), "ell_spmm"): rows})
+    for d, served in ((2, False), (4, True), (9, False)):
+        backend.calls.clear()
+        function, positions, floats, expected = example("ell_spmm", d=d)
+        traced = jax.jit(lambda q, f, function=function: function(q, f)).trace(positions, floats)
+        assert bool(backend.calls) == served
+        assert_close(traced.lower().compile()(positions, floats), expected(*floats))
