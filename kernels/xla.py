@@ -210,7 +210,7 @@ def gathered_attention_grad(q, k, v, indices, log_weights, out, log_sum_exp, gra
     out, grad = out.astype(logits.dtype), grad.astype(logits.dtype)
     weights = jnp.exp(logits - log_sum_exp[..., None])
     mean_grad = (out * grad).sum(-1, keepdims=True)
-    dlogits = weights * (ell_sddmm(indices, grad, v) - mean_grad)
+    dlogits = jnp.where(indices < 0, 0, weights * (ell_sddmm(indices, grad, v) - mean_grad))
     grads = (
         ell_spmm(indices, dlogits, k),
         ell_spmm_transposed(indices, dlogits, q, num_cols=num_keys),
@@ -223,7 +223,7 @@ def gathered_attention_grad(q, k, v, indices, log_weights, out, log_sum_exp, gra
 def _gathered_logits(q, k, v, indices, log_weights):
     """Indices, -1 where absent; logits, -inf there; q, k and v; in the accumulator's dtype."""
     q, k, v, log_weights = (x.astype(accumulator(x.dtype)) for x in (q, k, v, log_weights))
-    present = _in_bounds(indices, k.shape[-2]) & (log_weights > -jnp.inf)
+    present = _in_bounds(indices, k.shape[-2]) & (log_weights != -jnp.inf)
     indices = jnp.where(present, indices, -1)
     logits = jnp.where(present, ell_sddmm(indices, q, k) + log_weights, -jnp.inf)
     return indices, logits, q, k, v
@@ -244,7 +244,6 @@ def block_attention(q, k, v, block_indices, log_weights, *, block, causal):
     @functools.partial(jnp.vectorize, signature="(t,d),(s,d),(s,e),(i,p),(i,p)->(t,e),(t)")
     def attend(q, k, v, indices, log_weights):
         q_blocks, k_blocks, v_blocks = (_blocks(x, block) for x in (q, k, v))
-        dtype = q_blocks.dtype
 
         def add_entry(state, entry):
             top, total, out = state
@@ -255,13 +254,10 @@ def block_attention(q, k, v, block_indices, log_weights, *, block, causal):
             total = total * decay + weights.sum(-1, keepdims=True)
             return (higher, total, out * decay + _dot("iqk,ike->iqe", weights, values)), None
 
-        rows = q_blocks.shape[:2]
-        state = (
-            jnp.full((*rows, 1), -jnp.inf, dtype),
-            jnp.zeros((*rows, 1), dtype),
-            jnp.zeros((*rows, v.shape[-1]), dtype),
-        )
-        entries = indices.T, log_weights.astype(dtype).T
+        one = q_blocks[..., :1]
+        out = jnp.zeros_like(one, shape=(*one.shape[:2], v.shape[-1]))
+        state = jnp.full_like(one, -jnp.inf), jnp.zeros_like(one), out
+        entries = indices.T, log_weights.astype(q_blocks.dtype).T
         (top, total, out), _ = jax.lax.scan(add_entry, state, entries)
         total = jnp.maximum(total, 1)
         log_sum_exp = _finite(top) + jnp.log(total)
@@ -289,6 +285,7 @@ def block_attention_grad(
             logits, keys, values = _block_logits(q_blocks, k_blocks, v_blocks, *entry, causal)
             weights = jnp.exp(logits - log_sum_exp)
             dlogits = weights * (_dot("iqe,ike->iqk", grad, values) - mean_grad)
+            dlogits = jnp.where(logits > -jnp.inf, dlogits, 0)
             to_blocks = {"mode": "drop", "wrap_negative_indices": False}
             dq = dq + _dot("iqk,ikd->iqd", dlogits, keys)
             dk = dk.at[entry[0]].add(_dot("iqk,iqd->ikd", dlogits, q_blocks), **to_blocks)
@@ -319,7 +316,7 @@ def _block_logits(q, k, v, index, log_weight, causal):
     Logits are -inf, and keys and values 0, where there is no such block.
     """
     num_rows, block, _ = q.shape
-    present = (_in_bounds(index, k.shape[0]) & (log_weight > -jnp.inf))[:, None, None]
+    present = (_in_bounds(index, k.shape[0]) & (log_weight != -jnp.inf))[:, None, None]
     keys, values = (jnp.where(present, _rows(x, index), 0) for x in (k, v))
     allowed = present
     if causal:
