@@ -9,7 +9,7 @@ import numpy as np
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.sampling import duplicate_mask
-from hyperlayer_jax.types import IndexTuples, compute_dtype
+from hyperlayer_jax.types import IndexTuples, compute_dtype, vary_alike
 
 # Below this sigma, in indices, a Gaussian is a point; and beyond this coordinate there is no index.
 # Together they keep squared distances, and their products with 1 / sigma^2, inside float32.
@@ -65,11 +65,13 @@ def redistribute(
     sigmas = jnp.maximum(tuples.sigmas.astype(dtype), _MIN_SIGMA)
     points = jnp.moveaxis(indices.reshape(chunks, m, r), -1, 0).astype(dtype)
     shares = _redistribute(
-        points,
-        allowed.reshape(chunks, m),
-        means.reshape(chunks, k, r),
-        sigmas.reshape(chunks, k, r),
-        tuples.values.astype(dtype).reshape(chunks, k),
+        *vary_alike(
+            points,
+            allowed.reshape(chunks, m),
+            means.reshape(chunks, k, r),
+            sigmas.reshape(chunks, k, r),
+            tuples.values.astype(dtype).reshape(chunks, k),
+        )
     )
     return shares.reshape(*leading, m).astype(tuples.values.dtype)
 
@@ -83,7 +85,7 @@ def _redistribute(points, allowed, means, sigmas, values):
         density, normaliser = _densities(_distances(points, means, sigmas), allowed)
         return total + jnp.einsum("bk,bkm->bm", values * normaliser, density), None
 
-    total = jnp.zeros(allowed.shape, values.dtype)
+    total = vary_alike(jnp.zeros(allowed.shape, values.dtype), values)[0]
     return _scan_tuples(add_block, total, (means, sigmas, values), allowed.shape)[0]
 
 

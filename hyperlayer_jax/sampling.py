@@ -9,7 +9,7 @@ import numpy as np
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.transforms import last_indices
-from hyperlayer_jax.types import compute_dtype
+from hyperlayer_jax.types import compute_dtype, vary_alike
 
 # Up to this many points, comparing all pairs beats hashing (measured on CPU).
 _MAX_PAIRWISE = 32
@@ -125,7 +125,7 @@ def duplicate_mask(indices: jax.Array) -> jax.Array:
         same = open_ & (points == points.at[chunk, winner].get(mode="clip")).all(-1)
         return salt + 1, open_ & ~same, copy | (same & (winner != position))
 
-    open_ = jnp.ones((chunks, m), bool)
+    open_ = vary_alike(jnp.ones((chunks, m), bool), points)[0]
     state = (jnp.uint32(1), open_, jnp.zeros_like(open_))
     _, _, copy = jax.lax.while_loop(lambda state: state[1].any(), settle, state)
     return copy.reshape(*leading, m)

@@ -71,3 +71,17 @@ class RowSparseTensor:
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype that sums over `dtype` are made in: float32, or float64 for float64."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Inside `shard_map`, lets all arrays vary over the mesh axes that any of them varies over.
+
+    Loop carries must vary as what is added to them does, and a custom gradient as its operand
+    does; the transpose of this cast sums over shards. Outside `shard_map` it changes nothing.
+    """
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    axes = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(array, tuple(axes - own), to="varying") if axes - own else array
+        for array, own in zip(arrays, varying, strict=True)
+    ]
