@@ -11,6 +11,7 @@ from hyperlayer_jax.sampling import duplicate_mask
 from hyperlayer_jax.tensors import contract
 from hyperlayer_jax.types import RowSparseTensor, compute_dtype
 
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SoftSort:
@@ -126,7 +127,9 @@ def _split(noise, scores, start, next_start, certainty, proposal):
     log_odds = (scores - pivot[..., bucket]) * certainty
 
     fixed = jax.lax.stop_gradient(scores)[..., None, :]
-    drawn = noise if proposal == "uniform" else noise + jax.lax.stop_gradient(log_odds)[..., None, :]
+    drawn = (
+        noise if proposal == "uniform" else noise + jax.lax.stop_gradient(log_odds)[..., None, :]
+    )
     split = order(jnp.concatenate([fixed, drawn], axis=-2))
     # Both halves of a candidate keep the order that its items had.
     source = jnp.sort(split + _align(half * size, split), axis=-1) % size

@@ -13,10 +13,10 @@ from hyperlayer_jax.types import RowSparseTensor, SparseTensor, compute_dtype
 def contract(
     tensor: SparseTensor | RowSparseTensor, x: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
-    """Multiplies a sparse tensor by an input, summing over the input's axes (equation 1 of docs/method.md).
+    """Multiplies a sparse tensor by an input, summing over the axes of the input.
 
-    y[*B, o, *D] = sum over the stored entries (o, i) of value * x[*B, i, *D]. A
-    `RowSparseTensor` is a gather and a reduction; a `SparseTensor` adds its entries up in
+    y[*B, o, *D] = sum over the stored entries (o, i) of value * x[*B, i, *D] (equation 1 of
+    docs/method.md). A `RowSparseTensor` is a gather and a reduction; a `SparseTensor` adds its entries up in
     unordered rows. Nothing of the dense size is formed. Gradients reach values and x.
 
     Args:

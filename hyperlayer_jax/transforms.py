@@ -40,8 +40,8 @@ def transform_sigmas(
 ) -> jax.Array:
     """Maps one unbounded number per tuple to standard deviations, in proportion to each axis.
 
-    softplus(raw) * scale * s + minimum for an axis of length s (equation 3 of docs/method.md): a raw 0 is about 0.07 of the axis
-    at the default scale.
+    softplus(raw) * scale * s + minimum for an axis of length s (equation 3 of docs/method.md): a
+    raw 0 is about 0.07 of the axis at the default scale.
 
     Args:
       raw: float [*B, k], any finite values.

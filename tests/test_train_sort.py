@@ -1,5 +1,6 @@
 """The sorting launcher: what it draws, what it loses, and a few steps of every kind."""
 
+import itertools
 import json
 
 import jax
@@ -81,7 +82,7 @@ def test_accuracy_counts_equal_numbers_in_any_order(digits):
     scores = nnx.view(model.scorer, deterministic=True)(digits.images.reshape(-1, 1, 64))
     order = np.argsort(np.asarray(scores)[chosen[..., 0]], -1, kind="stable")
     exact = [
-        all(row[a] <= row[b] for a, b in zip(o, o[1:], strict=False))
+        all(row[a] <= row[b] for a, b in itertools.pairwise(o))
         for row, o in zip(by_label.tolist(), order.tolist(), strict=True)
     ]
     assert figures["exact_match"] == pytest.approx(np.mean(exact))

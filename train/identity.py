@@ -71,7 +71,12 @@ def draw_tuples(axes: Axes, tuples: IndexTuples, size: int, title: str) -> None:
     axes.add_collection(ellipses)
     axes.plot(columns, rows, ".", color="tab:blue", markersize=4)
     axes.set(
-        xlim=(-1, size), ylim=(size, -1), aspect="equal", title=title, xlabel="input", ylabel="output"
+        xlim=(-1, size),
+        ylim=(size, -1),
+        aspect="equal",
+        title=title,
+        xlabel="input",
+        ylabel="output",
     )
 
 

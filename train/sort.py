@@ -84,9 +84,7 @@ class Scorer(nnx.Module):
             [nnx.Linear(inputs, config.width, rngs=rngs) for inputs in (pixels, config.width)]
         )
         self.logits = nnx.Linear(config.width, self.classes, rngs=rngs)
-        self.scores = nnx.Param(
-            jnp.tile(jnp.linspace(-0.5, 0.5, self.classes), (config.digits, 1))
-        )
+        self.scores = nnx.Param(jnp.tile(jnp.linspace(-0.5, 0.5, self.classes), (config.digits, 1)))
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs)
 
     def __call__(self, digits: jax.Array) -> jax.Array:
@@ -190,7 +188,7 @@ def draw_picture(model: Sorter, split: data.Split, chosen: np.ndarray) -> Figure
     guessed = np.take_along_axis(numbers, np.argsort(scores, -1, kind="stable"), -1)
     right = guessed == np.sort(numbers, -1)
 
-    sets, size, digits, height, width, channels = images.shape
+    sets, size, digits = images.shape[:3]
     rows = [
         ("unsorted input", images, None),
         ("sorted by the model", hard.items[-1], right),
@@ -200,8 +198,8 @@ def draw_picture(model: Sorter, split: data.Split, chosen: np.ndarray) -> Figure
     figure = Figure(figsize=(2.2 + 0.75 * size * digits, 3.4 * sets), layout="constrained")
     for subfigure, s in zip(np.atleast_1d(figure.subfigures(sets, 1)), range(sets), strict=True):
         axes = subfigure.subplots(len(rows), size, squeeze=False)
-        for row, (title, items, marks) in enumerate(rows):
-            items = np.asarray(items).reshape(sets, size, digits, height, width, channels)
+        for row, (title, flat, marks) in enumerate(rows):
+            items = np.reshape(flat, images.shape)
             axes[row, 0].set_ylabel(title, rotation=0, ha="right", va="center")
             for i, axis in enumerate(axes[row]):
                 picture = np.concatenate(list(items[s, i]), axis=1)
