@@ -14,9 +14,9 @@ def redistribute(
 
     Tuple j gives point i the share softmax_i(-|(i - mean_j) / sigma_j|^2 / 2) of its value, over
     the allowed points of the chunk, copies counted once; a point gets the sum of its shares
-    (equations 5 to 7 of docs/method.md, densities normalised in log space). So the
-    points of a chunk sum to its tuples, and a tuple with no allowed point adds nothing. A sigma
-    of 0 is a point: all goes to the nearest points.
+    (equations 5 to 7 of docs/method.md, densities normalised in log space). So the points of a
+    chunk sum to its tuples, and a tuple with no allowed point adds nothing. A sigma of 0 is
+    a point: all goes to the nearest points.
 
     The gradient is written by hand and recomputes the shares; chunks too large for an [m, k] array
     are walked in blocks of tuples.

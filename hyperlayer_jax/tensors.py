@@ -16,8 +16,8 @@ def contract(
     """Multiplies a sparse tensor by an input, summing over the axes of the input.
 
     y[*B, o, *D] = sum over the stored entries (o, i) of value * x[*B, i, *D] (equation 1 of
-    docs/method.md). A `RowSparseTensor` is a gather and a reduction; a `SparseTensor` adds its entries up in
-    unordered rows. Nothing of the dense size is formed. Gradients reach values and x.
+    docs/method.md). A `RowSparseTensor` is a gather and a reduction; a `SparseTensor` adds its
+    entries up in unordered rows. Nothing of the dense size is formed. Gradients reach values and x.
 
     Args:
       tensor: the sparse tensor, with leading axes *B. Its indices lie inside its shapes.
