@@ -212,13 +212,12 @@ def draw_picture(model: Sorter, split: data.Split, chosen: np.ndarray) -> Figure
     return figure
 
 
-def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains a sorter, writes `sorted.png`, and returns its figures on test sets."""
-    dataset = data.load(config.dataset, config.data_dir)
+def train(
+    model: Sorter, dataset: data.Dataset, config: Config, workdir: pathlib.Path
+) -> tuple[Sorter, dict[str, Any]]:
+    """Trains a sorter; returns it, and the figures of the run and of its last validation."""
     validation_sets = fixed_sets(dataset.validation, config, _VALIDATION_SETS)
-    test_sets = fixed_sets(dataset.test, config, _TEST_SETS)
-    pixels = dataset.train.images[0].size
-    model = Sorter(config, pixels, rngs=nnx.Rngs(config.seed))
+    validation = {}
 
     def loss_fn(model, key, step, split):
         del step
@@ -236,8 +235,9 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
     def evaluate_validation(model, step):
         del step
-        figures = evaluate(model, dataset.validation, validation_sets)
-        return {f"validation_{name}": figure for name, figure in figures.items()}
+        result = evaluate(model, dataset.validation, validation_sets)
+        validation.update({f"validation_{name}": figure for name, figure in result.items()})
+        return validation
 
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(200, config.steps // 10), config.steps
@@ -254,6 +254,15 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         evaluate=evaluate_validation,
         evaluate_every=1000,
     )
+    return model, {**run, **validation}
+
+
+def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains a sorter, writes `sorted.png`, and returns its figures on test sets."""
+    dataset = data.load(config.dataset, config.data_dir)
+    test_sets = fixed_sets(dataset.test, config, _TEST_SETS)
+    model = Sorter(config, dataset.train.images[0].size, rngs=nnx.Rngs(config.seed))
+    model, run = train(model, dataset, config, workdir)
     result = evaluate(model, dataset.test, test_sets)
     picture = workdir / "sorted.png"
     figures.save_png(draw_picture(model, dataset.test, test_sets[:3]), picture)
