@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 _UNROLL = 16
+# Products over fewer features than this are summed lane by lane, and scattered in one go.
+_LANES = 8
 # Proportions are [*B,k,m]; larger ones are made and used up in blocks of tuples.
 _MAX_BLOCK = 2**23
 
@@ -26,10 +28,21 @@ def _rows(dense, indices):
     return rows.astype(accumulator(dense.dtype))
 
 
-def _scatter_rows(indices, updates, size, dtype):
-    out = jnp.zeros((size, updates.shape[-1]), updates.dtype)
-    out = out.at[indices].add(updates, mode="drop", wrap_negative_indices=False)
-    return out.astype(dtype)
+def _scatter_rows(indices, updates, out):
+    return out.at[indices].add(updates, mode="drop", wrap_negative_indices=False)
+
+
+def _dots(product, lhs, rhs):
+    """Sums product(lhs, rhs) [...,d] over d: eight lanes at a time, which no [...,d] array feeds.
+
+    `product` takes columns [...,8] of both operands. A sum over a short last axis is slow on CPU.
+    """
+    d = lhs.shape[-1]
+    width = min(d, _LANES)
+    lhs, rhs = (jnp.pad(x, [(0, 0), (0, -d % width)]) for x in (lhs, rhs))
+    columns = [slice(c, c + width) for c in range(0, d, width)]
+    lanes = functools.reduce(jnp.add, [product(lhs[:, c], rhs[:, c]) for c in columns])
+    return _dot("...d,d->...", lanes, jnp.ones(width, lanes.dtype))
 
 
 def _in_bounds(indices, size):
@@ -55,13 +68,26 @@ def ell_spmm(indices, values, dense):
 
 
 def ell_spmm_transposed(indices, values, dense, *, num_cols):
-    """out[j] = sum of values[i, q] dense[i] over the entries with indices[i, q] = j."""
+    """out[j] = sum of values[i, q] dense[i] over the entries with indices[i, q] = j.
+
+    One scatter for each q, so that no [i, p, d] array exists, unless d is small.
+    """
 
     @functools.partial(jnp.vectorize, signature="(i,p),(i,p),(i,d)->(j,d)")
     def scatter(indices, values, dense):
-        dtype = accumulator(dense.dtype)
-        updates = values.astype(dtype)[:, :, None] * dense.astype(dtype)[:, None]
-        return _scatter_rows(indices, updates, num_cols, dense.dtype)
+        dtype, d = accumulator(dense.dtype), dense.shape[1]
+        values, rows = values.astype(dtype), dense.astype(dtype)
+        out = jnp.zeros_like(rows, shape=(num_cols, d))
+
+        def add_entry(out, entry):
+            index, value = entry
+            return _scatter_rows(index, value[:, None] * rows, out), None
+
+        if d < _LANES:
+            out = _scatter_rows(indices, values[:, :, None] * rows[:, None], out)
+        else:
+            out, _ = jax.lax.scan(add_entry, out, (indices.T, values.T))
+        return out.astype(dense.dtype)
 
     return scatter(indices, values, dense)
 
@@ -69,9 +95,9 @@ def ell_spmm_transposed(indices, values, dense, *, num_cols):
 @functools.partial(jnp.vectorize, signature="(i,p),(i,d),(j,d)->(i,p)")
 def ell_sddmm(indices, lhs, rhs):
     """out[i, q] = lhs[i] . rhs[indices[i, q]]."""
-    lhs = lhs.astype(accumulator(rhs.dtype))
-    dots = jnp.einsum("id,ipd->ip", lhs, _rows(rhs, indices), precision="highest")
-    return jnp.where(_in_bounds(indices, rhs.shape[0]), dots, 0).astype(rhs.dtype)
+    left = lhs.astype(accumulator(lhs.dtype))
+    dots = _dots(lambda x, y: x[:, None] * _rows(y, indices), left, rhs)
+    return jnp.where(_in_bounds(indices, rhs.shape[0]), dots, 0).astype(lhs.dtype)
 
 
 def spmm(rows, cols, values, dense, *, num_rows):
@@ -81,7 +107,8 @@ def spmm(rows, cols, values, dense, *, num_rows):
     def scatter(rows, cols, values, dense):
         rows = jnp.where(_in_bounds(cols, dense.shape[0]), rows, -1)
         updates = values.astype(accumulator(dense.dtype))[:, None] * _rows(dense, cols)
-        return _scatter_rows(rows, updates, num_rows, dense.dtype)
+        out = jnp.zeros_like(updates, shape=(num_rows, dense.shape[1]))
+        return _scatter_rows(rows, updates, out).astype(dense.dtype)
 
     return scatter(rows, cols, values, dense)
 
@@ -89,7 +116,7 @@ def spmm(rows, cols, values, dense, *, num_rows):
 @functools.partial(jnp.vectorize, signature="(n),(n),(i,d),(j,d)->(n)")
 def sddmm(rows, cols, lhs, rhs):
     """out[n] = lhs[rows[n]] . rhs[cols[n]]."""
-    dots = jnp.einsum("nd,nd->n", _rows(lhs, rows), _rows(rhs, cols), precision="highest")
+    dots = _dots(lambda x, y: _rows(x, rows) * _rows(y, cols), lhs, rhs)
     allowed = _in_bounds(rows, lhs.shape[0]) & _in_bounds(cols, rhs.shape[0])
     return jnp.where(allowed, dots, 0).astype(lhs.dtype)
 
@@ -286,10 +313,9 @@ def block_attention_grad(
             weights = jnp.exp(logits - log_sum_exp)
             dlogits = weights * (_dot("iqe,ike->iqk", grad, values) - mean_grad)
             dlogits = jnp.where(logits > -jnp.inf, dlogits, 0)
-            to_blocks = {"mode": "drop", "wrap_negative_indices": False}
             dq = dq + _dot("iqk,ikd->iqd", dlogits, keys)
-            dk = dk.at[entry[0]].add(_dot("iqk,iqd->ikd", dlogits, q_blocks), **to_blocks)
-            dv = dv.at[entry[0]].add(_dot("iqk,iqe->ike", weights, grad), **to_blocks)
+            dk = _scatter_rows(entry[0], _dot("iqk,iqd->ikd", dlogits, q_blocks), dk)
+            dv = _scatter_rows(entry[0], _dot("iqk,iqe->ike", weights, grad), dv)
             return (dq, dk, dv), dlogits.sum((-2, -1))
 
         state = jax.tree.map(jnp.zeros_like, (q_blocks, k_blocks, v_blocks))
