@@ -18,6 +18,9 @@ _MAX_COORDINATE = 2.0**32
 # Proportions are [*B, k, m]; larger ones are made and used up in blocks of tuples.
 _MAX_BLOCK = 2**23
 
+# In full float32, also where a device would rather multiply shorter numbers.
+_einsum = functools.partial(jnp.einsum, precision="highest")
+
 
 def redistribute(
     indices: jax.Array, tuples: IndexTuples, *, where: jax.Array | None = None
@@ -83,7 +86,7 @@ def _redistribute(points, allowed, means, sigmas, values):
     def add_block(total, block):
         means, sigmas, values = block
         density, normaliser = _densities(_distances(points, means, sigmas), allowed)
-        return total + jnp.einsum("bk,bkm->bm", values * normaliser, density), None
+        return total + _einsum("bk,bkm->bm", values * normaliser, density), None
 
     total = vary_alike(jnp.zeros(allowed.shape, values.dtype), values)[0]
     return _scan_tuples(add_block, total, (means, sigmas, values), allowed.shape)[0]
@@ -103,7 +106,7 @@ def _redistribute_bwd(arguments, gradient):
         density, normaliser = _densities(distances, allowed)
         # A tuple's value gets the mean of the gradient under its shares; what its shares get is
         # the deviation from that mean. Products with distances are summed in a single pass.
-        mean_gradient = jnp.einsum("bkm,bm->bk", density, gradient) * normaliser
+        mean_gradient = _einsum("bkm,bm->bk", density, gradient) * normaliser
         deviation = density * (gradient[:, None, :] - mean_gradient[..., None])
         moments = _sums(
             [deviation * d for d in distances] + [deviation * d * d for d in distances]
@@ -132,8 +135,12 @@ def _densities(distances, allowed):
     """Densities [B, k, m] relative to the densest allowed point, and 1 / their sums [B, k]."""
     squares = functools.reduce(jnp.add, [d * d for d in distances])
     squares = jnp.where(allowed[:, None, :], squares, jnp.inf)
-    nearest = squares.min(-1, keepdims=True, initial=jnp.finfo(squares.dtype).max)
-    density = jnp.exp((nearest - squares) / 2)
+    limits = jnp.finfo(squares.dtype)
+    nearest = squares.min(-1, keepdims=True, initial=limits.max / 2)
+    # Compilers may compute the squares twice and round them differently; where they are large, that
+    # could lose the nearest point. Squares that agree to rounding are as near as the nearest.
+    slack = 1 + 2 * len(distances) * limits.eps
+    density = jnp.exp(jnp.minimum(nearest * slack - squares, 0) / 2)
     total = density.sum(-1)
     return density, jnp.where(total > 0, 1 / jnp.maximum(total, 1), 0)
 
