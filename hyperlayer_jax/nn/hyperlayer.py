@@ -74,7 +74,12 @@ class HyperLayer(nnx.Module):
             raise ValueError("columns: wanted with an array as template, and only then")
         self.by_output = isinstance(template, str)
         self.template = nnx.data(template if is_array else None)
-        self.columns = tuple(columns) if is_array else None
+        width = len(self.out_shape + self.in_shape)
+        self.columns = checks.check_columns("columns", columns, width) if is_array else None
+        if is_array:
+            checks.check_indices("template", template, 1, "[*chunks, R]")
+            if template.shape[-1] != width:
+                raise ValueError(f"template: got {template.shape[-1]} columns, want {width}")
         self.hypernetwork = hypernetwork
         self.num_feature_axes = checks.check_count("num_feature_axes", num_feature_axes)
         self.num_global = num_global
@@ -131,7 +136,7 @@ class HyperLayer(nnx.Module):
             self.in_shape,
         )
 
-    def set_view(self, deterministic: bool | None = None):
+    def set_view(self, *, deterministic: bool | None = None):
         """Called by `nnx.view`.
 
         Args:
