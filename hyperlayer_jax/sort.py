@@ -95,10 +95,16 @@ def soft_quicksort(
 
 
 def bucket_starts(size: int) -> list[np.ndarray]:
-    """Where the buckets of a sequence begin: one int array for each level, [0] first.
+    """Where the buckets of a sequence begin, level by level.
 
     Every bucket is halved from a level to the next, the lower half no larger than the upper, until
     all have one item.
+
+    Args:
+      size: the items in the sequence, s.
+
+    Returns:
+      One int array [buckets] for each level, 1 + ceil(log2(s)) of them.
     """
     levels = [np.array([0])]
     while len(levels[-1]) < size:

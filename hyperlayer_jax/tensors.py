@@ -88,7 +88,7 @@ def transpose(tensor: SparseTensor | RowSparseTensor) -> SparseTensor:
       tensor: the sparse tensor, with leading axes *B.
 
     Returns:
-      A `SparseTensor` of the same entries, with out_shape and in_shape exchanged.
+      A `SparseTensor` of the same entries [*B, n], with out_shape and in_shape exchanged.
 
     Raises:
       ValueError: the tensor's arrays do not fit its shapes.
