@@ -108,9 +108,7 @@ def _redistribute_bwd(arguments, gradient):
         # the deviation from that mean. Products with distances are summed in a single pass.
         mean_gradient = _einsum("bkm,bm->bk", density, gradient) * normaliser
         deviation = density * (gradient[:, None, :] - mean_gradient[..., None])
-        moments = _sums(
-            [deviation * d for d in distances] + [deviation * d * d for d in distances]
-        )
+        moments = _sums([deviation * d for d in distances] + [deviation * d * d for d in distances])
         first, second = jnp.split(jnp.stack(moments, axis=-1), 2, axis=-1)
         weight = (values * normaliser)[..., None] / sigmas
         return None, (first * weight, second * weight, mean_gradient)

@@ -81,9 +81,7 @@ def round_tuples(
     return indices, jnp.where(allowed, tuples.values, 0)
 
 
-def apply_template(
-    template: jax.Array, indices: jax.Array, *, columns: Sequence[int]
-) -> jax.Array:
+def apply_template(template: jax.Array, indices: jax.Array, *, columns: Sequence[int]) -> jax.Array:
     """Stitches learned columns into the fixed columns of a template (section 2.2 of the paper).
 
     Fixed columns are the same for all points of a chunk, since its points share one index space.

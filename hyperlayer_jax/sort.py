@@ -136,7 +136,9 @@ def _split(noise, scores, start, next_start, certainty, proposal):
     log_odds = jnp.clip(log_odds, -_MAX_LOG_ODDS, _MAX_LOG_ODDS)
 
     fixed = jax.lax.stop_gradient(scores)[..., None, :]
-    drawn = noise if proposal == "uniform" else noise + jax.lax.stop_gradient(log_odds)[..., None, :]
+    drawn = (
+        noise if proposal == "uniform" else noise + jax.lax.stop_gradient(log_odds)[..., None, :]
+    )
     split = order(jnp.concatenate([fixed, drawn], axis=-2))
     # Both halves of a candidate keep the order that its items had.
     source = jnp.sort(split + _align(half * size, split), axis=-1) % size

@@ -84,7 +84,9 @@ def imports(module, path):
                 yield name if name in known else base
 
 
-@pytest.mark.parametrize(("module", "path"), list(sources()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("module", "path"), list(sources()), ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_imports_run_downwards(module, path):
     own = layer_of(module)
     assert own in LEVEL, f"{module} has no place in LAYERS"
@@ -103,7 +105,9 @@ def test_imports_run_downwards(module, path):
 
 
 def test_importing_the_core_leaves_flax_alone():
-    code = "import hyperlayer_jax, sys; assert not {m.split('.')[0] for m in sys.modules} & {'flax'}"
+    code = (
+        "import hyperlayer_jax, sys; assert not {m.split('.')[0] for m in sys.modules} & {'flax'}"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -39,7 +39,9 @@ redistribute = jax.jit(hl.redistribute)
 @jax.jit
 def gradients(indices, tuples, where):
     out, vjp = jax.vjp(lambda t: hl.redistribute(indices, t, where=where), tuples)
-    return vjp(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(out.dtype))
+    return vjp(
+        jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(out.dtype)
+    )
 
 
 @st.composite
@@ -80,7 +82,9 @@ def test_value_is_conserved(case):
     """The points of a chunk sum to its tuples where any point is allowed, and to 0 elsewhere."""
     indices, tuples, where = case
     total = np.asarray(redistribute(indices, tuples, where=where), np.float64).sum(-1)
-    want = np.asarray(tuples.values, np.float64).sum(-1) * np.asarray(where & first(indices)).any(-1)
+    want = np.asarray(tuples.values, np.float64).sum(-1) * np.asarray(where & first(indices)).any(
+        -1
+    )
     tolerance = 1e-5 if tuples.values.dtype == jnp.float32 else 0.1
     np.testing.assert_allclose(total, want, tolerance, tolerance)
 
@@ -355,9 +359,7 @@ def with_(**changed):
 
 
 ERRORS = {
-    "indices: got float32, want int32": lambda: hl.redistribute(
-        POINTS.astype(jnp.float32), TUPLES
-    ),
+    "indices: got float32, want int32": lambda: hl.redistribute(POINTS.astype(jnp.float32), TUPLES),
     r"indices: got shape \(2,\), want \[\*B, m, r\]": lambda: hl.redistribute(
         POINTS[:, 0, 0], TUPLES
     ),

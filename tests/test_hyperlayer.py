@@ -215,14 +215,16 @@ ERRORS = {
     r"where: got int32\[2, 3\], want bool\[2, 3\]": lambda: hl.round_tuples(
         TUPLES, (9, 9), where=lambda indices: indices[..., 0]
     ),
-    "template: got float32, want int32": lambda: stitch(TEMPLATE.astype(jnp.float32), POINTS, columns=(0, 1)),
+    "template: got float32, want int32": lambda: stitch(
+        TEMPLATE.astype(jnp.float32), POINTS, columns=(0, 1)
+    ),
     r"template: got shape \(3,\), want \[\*B, R\]": lambda: stitch(
         TEMPLATE[0], POINTS, columns=(0, 1)
     ),
-    "indices: got float32, want int32": lambda: stitch(TEMPLATE, POINTS.astype(jnp.float32), columns=(0, 1)),
-    r"template: got shape \(2, 3\), want": lambda: stitch(
-        TEMPLATE, POINTS[0], columns=(0, 1)
+    "indices: got float32, want int32": lambda: stitch(
+        TEMPLATE, POINTS.astype(jnp.float32), columns=(0, 1)
     ),
+    r"template: got shape \(2, 3\), want": lambda: stitch(TEMPLATE, POINTS[0], columns=(0, 1)),
     r"columns: got \(0,\), want 2 different": lambda: stitch(TEMPLATE, POINTS, columns=(0,)),
     r"columns: got \(1, 1\), want different": lambda: stitch(TEMPLATE, POINTS, columns=(1, 1)),
     r"columns: got \(0, 3\), .* a template of 3": lambda: stitch(TEMPLATE, POINTS, columns=(0, 3)),

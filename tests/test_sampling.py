@@ -34,9 +34,7 @@ SPACES = (
     ((5, 1), (2, 3)),
     ((2**31 - 1, 10**6, 3), (2**31 - 1, 11, 1)),
 )
-sample = jax.jit(
-    hl.sample_indices, static_argnames=("shape", "num_global", "num_local", "region")
-)
+sample = jax.jit(hl.sample_indices, static_argnames=("shape", "num_global", "num_local", "region"))
 duplicates = jax.jit(hl.duplicate_mask)
 
 
@@ -182,7 +180,9 @@ def test_vmap_over_keys_is_one_draw_for_each():
 
 def test_the_program_does_not_grow_with_tuples():
     def size(k):
-        draw = functools.partial(hl.sample_indices, shape=(9, 9), num_global=2, num_local=2, region=3)
+        draw = functools.partial(
+            hl.sample_indices, shape=(9, 9), num_global=2, num_local=2, region=3
+        )
         return len(program(draw, KEY, jax.ShapeDtypeStruct((k, 2), jnp.float32)))
 
     assert size(3) == size(3000)
@@ -216,9 +216,9 @@ def test_copies_are_exact_at_any_coordinate(kind, m):
         "different": lambda: np.arange(4 * m).reshape(2, m, 2) * 104729,
         "full range": lambda: rng.integers(info.min, info.max, (2, m, 2), endpoint=True),
         "few": lambda: rng.integers(0, 5, (2, m, 2)) * 2**28,
-        "twice": lambda: np.tile(rng.integers(info.min, info.max, (2, m, 2)), (1, 2, 1))[:, m // 2 :][
-            :, :m
-        ],
+        "twice": lambda: np.tile(rng.integers(info.min, info.max, (2, m, 2)), (1, 2, 1))[
+            :, m // 2 :
+        ][:, :m],
         "extreme": lambda: rng.choice([info.min, -1, 0, 1, info.max], (2, m, 2)),
     }[kind]()
     points = points.astype(np.int32)

@@ -115,7 +115,9 @@ def test_permutations_are_doubly_stochastic_and_keep_to_their_buckets(s, proposa
         mixes = bucket_of[t][:, None] != bucket_of[t][None]
         assert (np.where(mixes, dense, 0) == 0).all()
         assert_close(levels.items[t + 1], dense @ np.asarray(levels.items[t], np.float64))
-        assert_close(levels.scores[t + 1], (dense @ np.asarray(levels.scores[t])[..., None])[..., 0])
+        assert_close(
+            levels.scores[t + 1], (dense @ np.asarray(levels.scores[t])[..., None])[..., 0]
+        )
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
@@ -234,7 +236,9 @@ def test_only_the_order_and_the_gaps_of_scores_matter(s):
     """Scores and certainty come as a product of differences."""
     x, scores = example(s)
     levels = sort(KEY, x, scores, num_samples=4, certainty=2.0)
-    assert_close(sort(KEY, x, scores + 8, num_samples=4, certainty=2.0).items, levels.items, 1e-4, 1e-4)
+    assert_close(
+        sort(KEY, x, scores + 8, num_samples=4, certainty=2.0).items, levels.items, 1e-4, 1e-4
+    )
     assert_close(sort(KEY, x, 4 * scores, num_samples=4, certainty=0.5).items, levels.items)
 
 
@@ -297,7 +301,7 @@ ERRORS = {
     "num_samples: got 0.5, want": lambda: call(X, SCORES, num_samples=0.5),
     "certainty: got 0, want > 0": lambda: call(X, SCORES, certainty=0),
     "certainty: got nan, want > 0": lambda: call(X, SCORES, certainty=float("nan")),
-    "proposal: got 'global', want \"local\" or \"uniform\"": lambda: call(
+    'proposal: got \'global\', want "local" or "uniform"': lambda: call(
         X, SCORES, proposal="global"
     ),
 }

@@ -214,7 +214,9 @@ def test_softmax_weighs_the_entries_of_each_row(kind, data):
     assert_equal(weights.indices, tensor.indices)
 
     indices, logits = entries(tensor)
-    rows = np.ravel_multi_index(np.moveaxis(indices[..., : len(tensor.out_shape)], -1, 0), tensor.out_shape)
+    rows = np.ravel_multi_index(
+        np.moveaxis(indices[..., : len(tensor.out_shape)], -1, 0), tensor.out_shape
+    )
     want = np.zeros(logits.shape)
     for *b, n in np.ndindex(logits.shape):
         same = rows[*b] == rows[*b, n]
@@ -226,7 +228,9 @@ def test_softmax_weighs_the_entries_of_each_row(kind, data):
 
 @jax.jit
 def softmax_and_gradient(tensor):
-    weights, vjp = jax.vjp(lambda v: hl.sparse_softmax(with_values(tensor, v)).values, tensor.values)
+    weights, vjp = jax.vjp(
+        lambda v: hl.sparse_softmax(with_values(tensor, v)).values, tensor.values
+    )
     seeds = jnp.arange(weights.size, dtype=jnp.float32).reshape(weights.shape)
     return weights, vjp(seeds.astype(weights.dtype))[0]
 

@@ -104,7 +104,7 @@ ERRORS = {
     r"shape: got \(2.5, 3\), want a sequence of ints": lambda: hl.transform_means(RAW, (2.5, 3)),
     r"shape: got \(2147483648, 3\)": lambda: hl.transform_means(RAW, (2**31, 3)),
     "shape: got 3, want a sequence": lambda: hl.transform_means(RAW, 3),
-    "method: got 'tanh', want \"sigmoid\" or \"clip\"": lambda: hl.transform_means(
+    'method: got \'tanh\', want "sigmoid" or "clip"': lambda: hl.transform_means(
         RAW, (3, 3), method="tanh"
     ),
     "raw: got bool, want a floating array": lambda: hl.transform_sigmas(RAW > 0, (3,)),

@@ -82,8 +82,10 @@ class HyperLayer(nnx.Module):
                 raise ValueError(f"template: got {template.shape[-1]} columns, want {width}")
         self.hypernetwork = hypernetwork
         self.num_feature_axes = checks.check_count("num_feature_axes", num_feature_axes)
-        self.num_global = num_global
-        self.num_local = num_local
+        self.num_global = checks.check_count("num_global", num_global)
+        self.num_local = checks.check_count("num_local", num_local)
+        if self.num_local and region is None:
+            raise ValueError("region: got None, want the axes of the region when num_local > 0")
         self.region = region
         self.bias = nnx.Param(jnp.zeros(self.out_shape)) if use_bias else nnx.data(None)
         self.deterministic = deterministic
@@ -172,8 +174,10 @@ class FreeTuples(nnx.Module):
           rngs: the stream `params` draws the initial means and values.
         """
         self.shape = checks.check_shape("shape", shape)
-        size = (*chunks, num_tuples)
-        start = jax.random.uniform(rngs.params(), (*size, len(self.shape)), minval=0.02, maxval=0.98)
+        size = (*chunks, checks.check_count("num_tuples", num_tuples))
+        start = jax.random.uniform(
+            rngs.params(), (*size, len(self.shape)), minval=0.02, maxval=0.98
+        )
         self.means = nnx.Param(jnp.log(start) - jnp.log1p(-start))
         self.sigmas = nnx.Param(jnp.zeros(size))
         if values is None:
