@@ -81,7 +81,7 @@ def round_means(means: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def _to_indices(whole: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Clips whole floating numbers [..., r] to [0, shape) and makes them int32, without overflow."""
+    """Clips whole floating numbers [..., r] to [0, shape) and makes them int32, safely."""
     whole = whole.astype(compute_dtype(whole.dtype))
     last = last_indices(shape, whole.dtype).reshape((1,) * (whole.ndim - 1) + (-1,))
     return jnp.clip(whole, 0, last).astype(jnp.int32)

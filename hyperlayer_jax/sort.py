@@ -114,7 +114,7 @@ def bucket_starts(size: int) -> list[np.ndarray]:
     return levels
 
 
-def _split(noise, scores, start, next_start, certainty, proposal):
+def _split(noise, scores, start, next_start, certainty, proposal):  # noqa: PLR0917
     """The soft permutation that splits the buckets at `start` into those at `next_start`."""
     size = scores.shape[-1]
     positions = np.arange(size, dtype=np.int32)

@@ -35,7 +35,7 @@ def masks(shape):
     return hnp.arrays(np.bool_, shape, fill=st.nothing()).map(jnp.asarray)
 
 
-def index_tuples(batch, k, r, high=9, dtype=jnp.float32, sigmas=(0.25, 8.0)):
+def index_tuples(batch, k, r, *, high=9, dtype=jnp.float32, sigmas=(0.25, 8.0)):
     """Draws tuples of ordinary size, with means in [0, high]."""
     return st.builds(
         IndexTuples,

@@ -1,4 +1,4 @@
-"""Laws of the Flax modules: they add parameters and random streams to the functions, nothing else."""
+"""Laws of the Flax modules: the functions with parameters and random streams, nothing else."""
 
 import os
 import subprocess
@@ -118,8 +118,8 @@ def test_gradients_reach_every_param(kind, dtype):
     paths = nnx.to_flat_state(gradient)
     assert len(paths) == 4
     for path, leaf in paths:
-        leaf = np.asarray(leaf[...], np.float64)
-        assert np.isfinite(leaf).all() and (leaf != 0).any(), path
+        numbers = np.asarray(leaf[...], np.float64)
+        assert np.isfinite(numbers).all() and (numbers != 0).any(), path
     assert layer(x).dtype == dtype
 
 
