@@ -44,6 +44,18 @@ def check_count(name: str, count: int) -> int:
     return number
 
 
+def check_columns(name: str, columns: Sequence[int], width: int) -> tuple[int, ...]:
+    """Returns `columns` as a tuple of different ints in [0, width)."""
+    want = f"want different columns of a template of {width}"
+    try:
+        numbers = tuple(operator.index(c) for c in columns)
+    except TypeError:
+        raise ValueError(f"{name}: got {columns!r}, {want}") from None
+    if len(set(numbers)) != len(numbers) or not set(numbers) <= set(range(width)):
+        raise ValueError(f"{name}: got {numbers}, {want}")
+    return numbers
+
+
 def check_float(name: str, x: jax.Array, min_ndim: int, axes: str) -> None:
     """Wants `x` to be floating with at least `min_ndim` axes, written `axes`."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):

@@ -1,6 +1,5 @@
 """From index tuples to the points and values of a sparse tensor."""
 
-import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -104,10 +103,10 @@ def apply_template(template: jax.Array, indices: jax.Array, *, columns: Sequence
     width = template.shape[-1]
     if template.shape[:-1] != tuple(leading):
         raise ValueError(f"template: got shape {template.shape}, want [*B, R], *B = {leading}")
-    columns = tuple(operator.index(c) for c in columns)
-    if len(set(columns)) != r or len(columns) != r or not set(columns) <= set(range(width)):
+    columns = checks.check_columns("columns", columns, width)
+    if len(columns) != r:
         raise ValueError(
-            f"columns: got {columns}, want {r} different columns of a template of {width}"
+            f"columns: got {columns}, want {r} different columns, one for each of the indices"
         )
     rows = jnp.broadcast_to(template[..., None, :], (*leading, m, width))
     return rows.at[..., columns].set(indices)

@@ -71,7 +71,8 @@ def sample_indices(
         start = jnp.clip(round_means(means, shape) - region // 2, 0, sizes - region)
         offset = jax.random.randint(local_key, (*leading, k, num_local, r), 0, region)
         points.append(start + offset)
-    return jnp.concatenate(points, axis=-2).reshape(*leading, -1, r)
+    points = jnp.concatenate(points, axis=-2)
+    return points.reshape(*leading, k * points.shape[-2], r)
 
 
 def round_means(means: jax.Array, shape: Sequence[int]) -> jax.Array:

@@ -11,6 +11,9 @@ from hyperlayer_jax.sampling import duplicate_mask
 from hyperlayer_jax.tensors import contract
 from hyperlayer_jax.types import RowSparseTensor, compute_dtype
 
+# Beyond it a split is certain, and sums over a bucket are still finite.
+_MAX_LOG_ODDS = 1e30
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +96,16 @@ def soft_quicksort(
 
 
 def bucket_starts(size: int) -> list[np.ndarray]:
-    """Where the buckets of a sequence begin: one int array for each level, [0] first.
+    """Where the buckets of a sequence begin, level by level.
 
     Every bucket is halved from a level to the next, the lower half no larger than the upper, until
     all have one item.
+
+    Args:
+      size: the items in the sequence, s.
+
+    Returns:
+      One int array [buckets] for each level, 1 + ceil(log2(s)) of them.
     """
     levels = [np.array([0])]
     while len(levels[-1]) < size:
@@ -123,8 +132,9 @@ def _split(noise, scores, start, next_start, certainty, proposal):
     scores = scores.astype(compute_dtype(scores.dtype))
     ordered = jnp.take_along_axis(scores, order(jax.lax.stop_gradient(scores)), axis=-1)
     below = np.where((stop - start) % 2, middle, np.maximum(middle - 1, 0))
-    pivot = (ordered[..., below] + ordered[..., middle]) / 2
+    pivot = ordered[..., below] / 2 + ordered[..., middle] / 2
     log_odds = (scores - pivot[..., bucket]) * certainty
+    log_odds = jnp.clip(log_odds, -_MAX_LOG_ODDS, _MAX_LOG_ODDS)
 
     fixed = jax.lax.stop_gradient(scores)[..., None, :]
     drawn = (
@@ -137,7 +147,9 @@ def _split(noise, scores, start, next_start, certainty, proposal):
     sign = np.where(np.isin(next_start[half], start), -1, 1).astype(scores.dtype)
     odds = jnp.take_along_axis(log_odds[..., None, :], source, axis=-1)
     membership = (bucket[:, None] == np.arange(len(start))).astype(scores.dtype)
-    log_weight = jax.nn.log_sigmoid(odds * _align(sign, odds)) @ membership
+    log_weight = jnp.matmul(
+        jax.nn.log_sigmoid(odds * _align(sign, odds)), membership, precision="highest"
+    )
 
     # A candidate is known by its lower half; short rows repeat their last item.
     width = np.arange(max(1, (middle - start).max()))

@@ -75,7 +75,7 @@ def todense(tensor: SparseTensor | RowSparseTensor) -> jax.Array:
     leading, out_shape, in_shape = _check_tensor(tensor)
     size = checks.check_size("tensor", (*out_shape, *in_shape))
     rows, columns = _rows_and_columns(tensor)
-    place = (rows * math.prod(in_shape) + columns).reshape(math.prod(leading), -1)
+    place = (rows * math.prod(in_shape) + columns).reshape(math.prod(leading), rows.shape[-1])
     values = tensor.values.reshape(place.shape)
     add = jax.vmap(lambda place, values: jnp.zeros(size, values.dtype).at[place].add(values))
     return add(place, values).reshape(*leading, *out_shape, *in_shape)
@@ -88,7 +88,7 @@ def transpose(tensor: SparseTensor | RowSparseTensor) -> SparseTensor:
       tensor: the sparse tensor, with leading axes *B.
 
     Returns:
-      A `SparseTensor` of the same entries, with out_shape and in_shape exchanged.
+      A `SparseTensor` of the same entries [*B, n], with out_shape and in_shape exchanged.
 
     Raises:
       ValueError: the tensor's arrays do not fit its shapes.

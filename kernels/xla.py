@@ -17,6 +17,9 @@ _LANES = 8
 # Proportions are [*B,k,m]; larger ones are made and used up in blocks of tuples.
 _MAX_BLOCK = 2**23
 
+# In full float32, also where a device would rather multiply shorter numbers.
+_einsum = functools.partial(jnp.einsum, precision="highest")
+
 
 def accumulator(dtype):
     """The dtype in which sums over `dtype` are made."""
@@ -129,7 +132,7 @@ def redistribute(points, means, sigmas, values, where):
     def add_block(total, block):
         means, sigmas, values = block
         density, normaliser = _densities(_distances(points, means, sigmas), where)
-        return total + jnp.einsum("bk,bkm->bm", values * normaliser, density), None
+        return total + _einsum("bk,bkm->bm", values * normaliser, density), None
 
     total = jnp.zeros_like(where, values.dtype)
     total, _ = _scan_tuples(add_block, total, (means, sigmas, values), where.shape)
@@ -148,7 +151,7 @@ def redistribute_grad(points, means, sigmas, values, where, grad):
         density, normaliser = _densities(distances, where)
         # A tuple's value gets the mean of the gradient under its shares; what its shares get is
         # the deviation from that mean. Products with distances are summed in a single pass.
-        mean_grad = jnp.einsum("bkm,bm->bk", density, grad) * normaliser
+        mean_grad = _einsum("bkm,bm->bk", density, grad) * normaliser
         deviation = density * (grad[:, None, :] - mean_grad[..., None])
         moments = _sums([deviation * d for d in distances] + [deviation * d * d for d in distances])
         first, second = jnp.split(jnp.stack(moments, axis=-1), 2, axis=-1)
@@ -180,8 +183,12 @@ def _densities(distances, where):
     """Densities [b,k,m] relative to the densest allowed point, and 1 / their sums [b,k]."""
     squares = functools.reduce(jnp.add, [d * d for d in distances])
     squares = jnp.where(where[:, None, :], squares, jnp.inf)
-    nearest = squares.min(-1, keepdims=True, initial=jnp.finfo(squares.dtype).max)
-    density = jnp.exp((nearest - squares) / 2)
+    limits = jnp.finfo(squares.dtype)
+    nearest = squares.min(-1, keepdims=True, initial=limits.max / 2)
+    # Compilers may compute the squares twice and round them differently; where they are large, that
+    # could lose the nearest point. Squares that agree to rounding are as near as the nearest.
+    slack = 1 + 2 * len(distances) * limits.eps
+    density = jnp.exp(jnp.minimum(nearest * slack - squares, 0) / 2)
     total = density.sum(-1)
     return density, jnp.where(total > 0, 1 / jnp.maximum(total, 1), 0)
 

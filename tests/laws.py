@@ -35,7 +35,7 @@ def masks(shape):
     return hnp.arrays(np.bool_, shape, fill=st.nothing()).map(jnp.asarray)
 
 
-def index_tuples(batch, k, r, high=9, dtype=jnp.float32, sigmas=(0.25, 8.0)):
+def index_tuples(batch, k, r, *, high=9, dtype=jnp.float32, sigmas=(0.25, 8.0)):
     """Draws tuples of ordinary size, with means in [0, high]."""
     return st.builds(
         IndexTuples,
@@ -80,11 +80,11 @@ def assert_finite(tree):
         assert np.isfinite(np.asarray(leaf, np.float64)).all()
 
 
-def batch_mesh():
-    """Eight host devices in a row, the axis named "data"."""
-    devices = jax.devices("cpu")[:NUM_DEVICES]
-    assert len(devices) == NUM_DEVICES
-    return jax.make_mesh((NUM_DEVICES,), ("data",), (AxisType.Auto,), devices=devices)
+def batch_mesh(size=NUM_DEVICES):
+    """Host devices in a row, the axis named "data"."""
+    devices = jax.devices("cpu")[:size]
+    assert len(devices) == size
+    return jax.make_mesh((size,), ("data",), (AxisType.Auto,), devices=devices)
 
 
 def equations(jaxpr):

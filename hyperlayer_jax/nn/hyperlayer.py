@@ -75,11 +75,18 @@ class HyperLayer(nnx.Module):
             raise ValueError("columns: wanted with an array as template, and only then")
         self.by_output = isinstance(template, str)
         self.template = nnx.data(template if is_array else None)
-        self.columns = tuple(columns) if is_array else None
+        width = len(self.out_shape + self.in_shape)
+        self.columns = checks.check_columns("columns", columns, width) if is_array else None
+        if is_array:
+            checks.check_indices("template", template, 1, "[*chunks, R]")
+            if template.shape[-1] != width:
+                raise ValueError(f"template: got {template.shape[-1]} columns, want {width}")
         self.hypernetwork = hypernetwork
         self.num_feature_axes = checks.check_count("num_feature_axes", num_feature_axes)
-        self.num_global = num_global
-        self.num_local = num_local
+        self.num_global = checks.check_count("num_global", num_global)
+        self.num_local = checks.check_count("num_local", num_local)
+        if self.num_local and region is None:
+            raise ValueError("region: got None, want the axes of the region when num_local > 0")
         self.region = region
         self.bias = nnx.Param(jnp.zeros(self.out_shape)) if use_bias else nnx.data(None)
         self.deterministic = deterministic
@@ -132,7 +139,7 @@ class HyperLayer(nnx.Module):
             self.in_shape,
         )
 
-    def set_view(self, deterministic: bool | None = None):
+    def set_view(self, *, deterministic: bool | None = None):
         """Called by `nnx.view`.
 
         Args:
@@ -168,7 +175,7 @@ class FreeTuples(nnx.Module):
           rngs: the stream `params` draws the initial means and values.
         """
         self.shape = checks.check_shape("shape", shape)
-        size = (*chunks, num_tuples)
+        size = (*chunks, checks.check_count("num_tuples", num_tuples))
         start = jax.random.uniform(
             rngs.params(), (*size, len(self.shape)), minval=0.02, maxval=0.98
         )

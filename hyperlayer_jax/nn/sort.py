@@ -45,7 +45,7 @@ class SoftQuicksort(nnx.Module):
             proposal=self.proposal,
         )
 
-    def set_view(self, deterministic: bool | None = None):
+    def set_view(self, *, deterministic: bool | None = None):
         """Called by `nnx.view`.
 
         Args:

@@ -1,0 +1,265 @@
+"""Laws of the Flax modules: the functions with parameters and random streams, nothing else."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from laws import FLOATS, assert_close, assert_equal, random_tuples
+
+import hyperlayer_jax as hl
+from hyperlayer_jax import nn
+
+OUT, IN = (3, 2), (4,)
+OPTIONS = {"num_global": 2, "num_local": 2, "region": 2}
+TEMPLATE = jnp.array([[0, 0, 0], [2, 1, 3]], jnp.int32)
+# Kind of template: arguments of the layer, chunk axes, learned columns, the space that they index.
+KINDS = {
+    "none": ({}, (2,), (0, 1, 2)),
+    "output": ({"template": "output"}, (6,), (2,)),
+    "array": ({"template": TEMPLATE, "columns": (1, 2)}, (2,), (1, 2)),
+}
+
+
+class Hypernetwork(nnx.Module):
+    """Index tuples [*B, *chunks, 3, r] from x [*B, 4, *D], through free parameters."""
+
+    def __init__(self, chunks, space):
+        base = random_tuples(chunks, 3, len(space), high=min(space) - 1)
+        self.means, self.values = nnx.Param(base.means), nnx.Param(base.values)
+        self.sigmas = nnx.Param(base.sigmas)
+        self.num_feature_axes = 0
+
+    def __call__(self, x):
+        last = x.ndim - self.num_feature_axes
+        scale = jnp.tanh(x.sum(range(last - 1, x.ndim))).astype(jnp.float32)
+        batch = scale.shape
+        put = lambda a: jnp.broadcast_to(a[...], (*batch, *a.shape))  # noqa: E731
+        scale = scale.reshape(*batch, *(1,) * self.values.ndim)
+        values = put(self.values) * jnp.broadcast_to(scale, (*batch, *self.values.shape))
+        return hl.IndexTuples(put(self.means), put(self.sigmas), values)
+
+
+def build(kind, features=0, **options):
+    arguments, chunks, columns = KINDS[kind]
+    space = tuple((OUT + IN)[c] for c in columns)
+    hypernetwork = Hypernetwork(chunks, space)
+    hypernetwork.num_feature_axes = features
+    layer = nn.HyperLayer(
+        hypernetwork,
+        OUT,
+        IN,
+        num_feature_axes=features,
+        rngs=nnx.Rngs(0, sample=7),
+        **(OPTIONS | arguments | options),
+    )
+    return layer, space
+
+
+def example(*shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+
+
+def composed(kind, tuples, points, x):
+    """W from points, and its product with x, by the functional API alone."""
+    indices, values = points
+    batch = x.shape[: values.ndim - len(KINDS[kind][1]) - 1]
+    if kind == "output":
+        return hl.contract(hl.RowSparseTensor(indices, values, OUT, IN), x)
+    if kind == "array":
+        template = jnp.broadcast_to(TEMPLATE, (*batch, *TEMPLATE.shape))
+        indices = hl.apply_template(template, indices, columns=(1, 2))
+    indices = indices.reshape(*batch, -1, 3)
+    tensor = hl.SparseTensor(indices, values.reshape(*batch, -1), OUT, IN)
+    return hl.contract(tensor, x)
+
+
+@pytest.mark.parametrize(("shape", "features"), [((4,), 0), ((2, 4), 0), ((2, 4, 5), 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hyperlayer_is_the_composition_of_the_functions(kind, shape, features):
+    layer, space = build(kind, features)
+    x = example(*shape)
+    tuples = layer.hypernetwork(x)
+    key = nnx.clone(layer).rngs()
+    y = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    want = composed(kind, tuples, hl.discretize(key, tuples, space, **OPTIONS), x)
+    assert y.shape == (*shape[: x.ndim - 1 - features], *OUT, *shape[x.ndim - features :])
+    assert_close(y, want)
+    evaluation = nnx.view(layer, deterministic=True)
+    assert_close(evaluation(x), composed(kind, tuples, hl.round_tuples(tuples, space), x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_call_draws_anew_and_evaluation_does_not(kind):
+    layer, _ = build(kind)
+    x = example(2, 4)
+    evaluation = nnx.view(layer, deterministic=True)
+    assert_equal(evaluation(x), evaluation(x))
+    assert layer.rngs.count[...] == 0 and not layer.deterministic
+    first, second = layer(x), layer(x)
+    assert layer.rngs.count[...] == 2
+    assert (np.asarray(first) != np.asarray(second)).any()
+    assert_equal(build(kind)[0](x), first)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_every_param(kind, dtype):
+    layer, _ = build(kind, use_bias=True)
+    x = example(2, 4, dtype=dtype)
+    gradient = nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).mean().astype(jnp.float32)))(
+        layer, x
+    )
+    paths = nnx.to_flat_state(gradient)
+    assert len(paths) == 4
+    for path, leaf in paths:
+        numbers = np.asarray(leaf[...], np.float64)
+        assert np.isfinite(numbers).all() and (numbers != 0).any(), path
+    assert layer(x).dtype == dtype
+
+
+def test_the_bias_is_added_to_every_output_and_feature():
+    layer, _ = build("output", 1, use_bias=True, deterministic=True)
+    x = example(2, 4, 5)
+    plain = layer(x)
+    layer.bias[...] = jnp.arange(6.0).reshape(OUT)
+    assert_close(layer(x) - plain, np.broadcast_to(np.arange(6.0).reshape(*OUT, 1), (2, *OUT, 5)))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (2, 3, 4)])
+@pytest.mark.parametrize("by_output", [False, True])
+def test_a_sparse_linear_layer_serves_any_batch_with_one_matrix(by_output, shape):
+    layer = nn.SparseLinear(
+        4, OUT, 5, by_output=by_output, use_bias=True, rngs=nnx.Rngs(0), **OPTIONS
+    )
+    layer.layer.bias[...] = jnp.arange(6.0).reshape(OUT)
+    tuples, x = layer.layer.hypernetwork(), example(*shape)
+    tensor = nnx.clone(layer).layer.tensor(tuples, 0, jnp.float32)
+    weights = np.asarray(hl.todense(tensor), np.float64)
+    y = layer(x)
+    want = np.einsum("oai,...i->...oa", weights, x) + np.arange(6.0).reshape(OUT)
+    assert_close(y, want)
+
+
+def test_all_inputs_of_fixed_values_are_a_sum():
+    layer = nn.SparseLinear(
+        4, 3, 4, by_output=True, values=1.0, deterministic=True, rngs=nnx.Rngs(0)
+    )
+    means = jnp.log(jnp.array([1e-6, 1 / 3, 2 / 3, 1 - 1e-6]))
+    means = means - jnp.log1p(-jnp.exp(means))
+    layer.layer.hypernetwork.means[...] = jnp.broadcast_to(means[:, None], (3, 4, 1))
+    x = example(5, 4)
+    assert_close(layer(x), np.repeat(np.asarray(x.sum(-1, keepdims=True)), 3, -1))
+
+
+@pytest.mark.parametrize("values", [None, 1.0])
+def test_fixed_values_are_not_trained(values):
+    layer = nn.SparseLinear(4, 3, 2, values=values, rngs=nnx.Rngs(0), **OPTIONS)
+    tuples = layer.layer.hypernetwork
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(tuples)))
+    optimizer = nnx.Optimizer(layer, optax.sgd(0.1), wrt=nnx.Param)
+    x = example(8, 4)
+    optimizer.update(layer, nnx.grad(lambda layer: ((layer(x) - x[:, :3]) ** 2).mean())(layer))
+    changed = {
+        name: bool((before[name] != np.asarray(getattr(tuples, name)[...])).any())
+        for name in ("means", "sigmas", "values")
+    }
+    assert changed == {"means": True, "sigmas": True, "values": values is None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jit_of_flax_and_of_jax_agree_with_neither(kind):
+    x = example(2, 4)
+    want_layer, _ = build(kind)
+    want = want_layer(x), want_layer(x)
+    layer, _ = build(kind)
+    call = nnx.jit(lambda layer, x: layer(x))
+    assert_close((call(layer, x), call(layer, x)), want)
+    graph, state = nnx.split(build(kind)[0])
+
+    @jax.jit
+    def step(state, x):
+        layer = nnx.merge(graph, state)
+        y = layer(x)
+        return y, nnx.state(layer)
+
+    first, state = step(state, x)
+    assert_close((first, step(state, x)[0]), want)
+
+
+def test_quicksort_is_the_function_and_evaluation_is_exact():
+    x, scores = example(2, 5, 3), example(2, 5)
+    options = {"num_samples": 4, "certainty": 2.0, "proposal": "uniform"}
+    sort = nn.SoftQuicksort(rngs=nnx.Rngs(0), **options)
+    key = nnx.clone(sort).rngs()
+    assert_close(sort(x, scores), hl.soft_quicksort(key, x, scores, **options))
+    assert sort.rngs.count[...] == 1
+    evaluation = nnx.view(sort, deterministic=True)
+    assert_equal(evaluation(x, scores).scores[-1], np.sort(np.asarray(scores), -1))
+    assert sort.rngs.count[...] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["HyperLayer", "SparseLinear", "SoftQuicksort"])
+def test_works_in_tree_mode(kind):
+    build = {
+        "HyperLayer": "nn.HyperLayer(nn.FreeTuples((3,), 2, (4,), rngs=rngs), 3, 4)",
+        "SparseLinear": "nn.SparseLinear(4, 3, 2, num_local=1, region=2, use_bias=True, rngs=rngs)",
+        "SoftQuicksort": "nn.SoftQuicksort(num_samples=2, certainty=1.0, rngs=rngs)",
+    }[kind].replace(", 3, 4)", ", (3,), (4,), template='output', rngs=rngs)")
+    arguments = "jnp.ones((4, 2)), jnp.arange(4.0)" if kind == "SoftQuicksort" else "jnp.ones(4)"
+    code = f"""
+import jax, jax.numpy as jnp
+from flax import nnx
+from hyperlayer_jax import nn
+rngs = nnx.Rngs(0)
+model = {build}
+leaves = lambda out: jax.tree.leaves(out)[-1]
+@nnx.jit
+def step(model):
+    return leaves(model({arguments})).sum(), model
+y, model = step(model)
+stream = model.layer.rngs if hasattr(model, "layer") else model.rngs
+assert stream.count[...] == 1 and jnp.isfinite(y)
+leaves(nnx.view(model, deterministic=True)({arguments}))
+"""
+    modes = {"NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | modes)
+
+
+def layer(**options):
+    arguments = {"out_shape": OUT, "in_shape": IN, "rngs": nnx.Rngs(0)} | options
+    return nn.HyperLayer(lambda x: None, **arguments)
+
+
+ERRORS = {
+    r"out_shape: got \(0,\)": lambda: layer(out_shape=(0,)),
+    "in_shape: got 4, want a sequence": lambda: layer(in_shape=4),
+    "template: got 'input', want None": lambda: layer(template="input"),
+    "columns: wanted with an array": lambda: layer(template=TEMPLATE),
+    "columns: wanted with an array as": lambda: layer(columns=(1,)),
+    r"columns: got \(1, 3\), want": lambda: layer(template=TEMPLATE, columns=(1, 3)),
+    r"columns: got \(1, 1\), want": lambda: layer(template=TEMPLATE, columns=(1, 1)),
+    "template: got 2 columns, want 3": lambda: layer(template=TEMPLATE[:, :2], columns=(1,)),
+    "template: got float32, want int32": lambda: layer(
+        template=TEMPLATE.astype(jnp.float32), columns=(1,)
+    ),
+    "num_feature_axes: got -1": lambda: layer(num_feature_axes=-1),
+    "num_global: got -1": lambda: layer(num_global=-1),
+    "num_local: got 0.5": lambda: layer(num_local=0.5),
+    "region: got None": lambda: layer(num_local=1),
+    r"x: got shape \(\), want": lambda: layer()(jnp.zeros(())),
+    "x: got int32, want a floating": lambda: layer()(jnp.zeros(4, jnp.int32)),
+    "num_tuples: got -1": lambda: nn.SparseLinear(4, 3, -1, rngs=nnx.Rngs(0)),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_wrong_input_names_the_argument(message):
+    with pytest.raises(ValueError, match=message):
+        ERRORS[message]()
