@@ -152,7 +152,7 @@ def gathered_attention(q, k, v, indices, log_weights, *, interpret):
             interpret=interpret,
         )
 
-    return tuple(jax.vmap(one)(q, k, v, indices, log_weights))
+    return jax.vmap(one)(q, k, v, indices, log_weights)
 
 
 def gathered_attention_grad(
@@ -195,7 +195,9 @@ def _call(kernel, grid, outputs, *operands, config, interpret, aliases=None):
     return pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape=[jax.ShapeDtypeStruct(*out, manual_axis_type=varying) for out in outputs],
+        out_shape=tuple(
+            jax.ShapeDtypeStruct(*out, manual_axis_type=varying) for out in outputs
+        ),
         input_output_aliases=aliases or {},
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
