@@ -137,7 +137,7 @@ def gathered_attention(q, k, v, indices, log_weights, *, interpret):
     """`xla.gathered_attention`, one batch axis: an online softmax over tiles of entries."""
 
     def one(q, k, v, indices, log_weights):
-        t = q.shape[0]
+        indices, t = _present(indices, log_weights), q.shape[0]
         config, block = _attention_tile(indices, q, v)
         return _call(
             functools.partial(_attention_kernel, block=block),
@@ -164,6 +164,7 @@ def gathered_attention_grad(
     """
 
     def one(q, k, v, indices, log_weights, out, log_sum_exp, grad):
+        indices = _present(indices, log_weights)
         config, block = _attention_tile(indices, q, v)
         dq, dlogits, weights = _call(
             functools.partial(_attention_grad_kernel, block=block),
@@ -547,6 +548,11 @@ def _redistribute_grad_kernel(
     _store(dvalues_ref, (tuples,), mean_grad, valid)
 
 
+def _present(indices, log_weights):
+    """The indices, -1 where an entry has no weight."""
+    return jnp.where(log_weights > -jnp.inf, indices, -1)
+
+
 def _attention_tile(indices, q, v):
     (t, p), d = indices.shape, max(q.shape[1], v.shape[1])
     config = tuning.choose("gathered_attention", p, d)
@@ -565,8 +571,8 @@ def _attention_logits(indices_ref, log_weights_ref, k_ref, queries, rows, valid,
     """Entries q of each row: their rows in k and v, which are present, their keys and logits."""
     cells = valid[:, None] & (q < indices_ref.shape[1])
     sources = _load(indices_ref, (rows[:, None], q), cells, -1)
-    log_weights = _load(log_weights_ref, (rows[:, None], q), cells, -jnp.inf).astype(jnp.float32)
-    present = _inside(sources, k_ref.shape[0]) & (log_weights > -jnp.inf)
+    present = _inside(sources, k_ref.shape[0])
+    log_weights = _load_floats(log_weights_ref, (rows[:, None], q), present)
     keys = _row_tile(k_ref, sources, present)
     logits = jnp.sum(queries[:, None] * keys, axis=2) + log_weights
     return sources, present, keys, jnp.where(present, logits, -jnp.inf)
@@ -641,7 +647,7 @@ def _attention_grad_kernel(
         weights = jnp.exp(logits - log_sum_exp[:, None])
         values = _row_tile(v_ref, sources, present)
         dweights = jnp.sum(grad[:, None] * values, axis=2)
-        dlogits = weights * (dweights - mean_grad[:, None])
+        dlogits = jnp.where(present, weights * (dweights - mean_grad[:, None]), 0)
         cells = valid[:, None] & (q < p)
         _store(weights_ref, (rows[:, None], q), weights, cells)
         _store(dlogits_ref, (rows[:, None], q), dlogits, cells)

@@ -20,6 +20,8 @@ ATTENTIONS = ("gathered_attention", "block_attention", "causal_block_attention")
 OPERATIONS = (*PRODUCTS, "redistribute", *ATTENTIONS)
 # The operations of each backend. Kernels run interpreted where there is no device for them.
 SERVED = [("xla", name) for name in OPERATIONS] + [(None, "ell_spmm"), (None, "block_attention")]
+SERVED += [("triton", name) for name in (*PRODUCTS, "redistribute", "gathered_attention")]
+SERVED += [("triton_deterministic", name) for name in ("ell_spmm", "spmm", "gathered_attention")]
 contract = pytest.mark.parametrize("implementation, name", SERVED)
 operations = pytest.mark.parametrize("name", OPERATIONS)
 
