@@ -8,8 +8,8 @@ Absent entries are in no list and never fetched.
 
 Products take bfloat16 operands and accumulate in float32. The softmax is float32, in base 2.
 
-On a CPU these kernels run under `force_gpu_interpret_mode` of Pallas, which jax has from 0.12. It is
-not for `interpret` to choose: its effects would follow the kernel to the GPU.
+On a CPU these kernels run under `force_gpu_interpret_mode` of Pallas, in jax from 0.12. `interpret`
+cannot choose that mode: its effects would follow the kernel to the GPU.
 """
 
 import functools
@@ -164,9 +164,7 @@ def _call(kernel, rows, outputs, operands, *, own, streamed, scratch):
     varying = jax.typeof(operands[0]).manual_axis_type
     return plgpu.kernel(
         kernel,
-        out_type=tuple(
-            jax.ShapeDtypeStruct(*out, manual_axis_type=varying) for out in outputs
-        ),
+        out_type=tuple(jax.ShapeDtypeStruct(*out, manual_axis_type=varying) for out in outputs),
         scratch_types=[
             [buffer(kind) for kind in own],
             plgpu.Barrier(num_arrivals=len(own)),

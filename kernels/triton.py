@@ -196,9 +196,7 @@ def _call(kernel, grid, outputs, *operands, config, interpret, aliases=None):
     return pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape=tuple(
-            jax.ShapeDtypeStruct(*out, manual_axis_type=varying) for out in outputs
-        ),
+        out_shape=tuple(jax.ShapeDtypeStruct(*out, manual_axis_type=varying) for out in outputs),
         input_output_aliases=aliases or {},
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
