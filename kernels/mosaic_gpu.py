@@ -8,7 +8,7 @@ Absent entries are in no list and never fetched.
 
 Products take bfloat16 operands and accumulate in float32. The softmax is float32, in base 2.
 
-On a CPU these kernels run under `force_gpu_interpret_mode` of Pallas, in jax from 0.12. `interpret`
+On a CPU these kernels run under `force_gpu_interpret_mode` of Pallas, as jax 0.12 has. `interpret`
 cannot choose that mode: its effects would follow the kernel to the GPU.
 """
 

@@ -31,7 +31,7 @@ def interpreted():
     elif hasattr(plgpu, "force_gpu_interpret_mode"):
         mode = plgpu.force_gpu_interpret_mode()
     else:
-        pytest.skip("jax has an interpreter of Mosaic GPU kernels from 0.12")
+        pytest.skip("this jax has no interpreter of Mosaic GPU kernels")
     with mode:
         yield
 

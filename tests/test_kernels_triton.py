@@ -41,7 +41,9 @@ def test_deterministic_gradients_are_the_same_bits_twice():
         return jax.jit(jax.grad(loss, (0, 1, 2, 3)))
 
     run = gradients("triton_deterministic")
-    for first, second, wanted in zip(run(*floats), run(*floats), gradients("xla")(*floats)):
+    for first, second, wanted in zip(
+        run(*floats), run(*floats), gradients("xla")(*floats), strict=True
+    ):
         np.testing.assert_array_equal(first, second)
         np.testing.assert_allclose(first, wanted, 1e-4, 1e-4)
 
