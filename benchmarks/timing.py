@@ -92,7 +92,7 @@ def compare(
         if rival != ours
     }
     results.clear()
-    seconds = _interleave(runs)
+    seconds = interleave(runs)
     for rival in rivals:
         fits = rival in seconds
         yield {
@@ -127,7 +127,7 @@ def _prepare(contender):
     return lambda n: compiled(*arguments[n % copies]), spent
 
 
-def _interleave(runs):
+def interleave(runs):
     """Median seconds of each run, all taking turns."""
 
     def batch(run, size):
@@ -177,7 +177,7 @@ def _flops_per_second(dtype):
     size = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x: x @ x)
-    return 2 * size**3 / _interleave({"product": lambda _: product(x)})["product"]
+    return 2 * size**3 / interleave({"product": lambda _: product(x)})["product"]
 
 
 def value_and_gradients(function: Callable[..., jax.Array], *positions: int) -> Callable[..., Any]:

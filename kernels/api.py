@@ -32,9 +32,11 @@ import numpy as np
 
 from . import xla
 
-_BACKENDS = ("xla",)
+_BACKENDS = ("xla", "triton", "triton_deterministic", "mosaic_gpu")
 # What `implementation=None` takes: for (platform, operation), pairs of a backend and a predicate of
-# the operands. The first whose predicate holds, and which lacks nothing, serves; else "xla".
+# the operands. The first whose predicate holds, and which lacks nothing, serves; else "xla". Empty,
+# since nothing has been measured on a GPU or TPU. A line that `benchmarks.run` could earn there:
+#   ("gpu", "ell_spmm"): [("triton", lambda indices, values, dense: dense.shape[-1] >= 16)],
 _FASTER = {}
 
 _POSITIONS = ("indices", "block_indices", "rows", "cols", "points")
