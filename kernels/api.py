@@ -32,7 +32,7 @@ import numpy as np
 
 from . import xla
 
-_BACKENDS = ("xla",)
+_BACKENDS = ("xla", "tpu")
 # What `implementation=None` takes: for (platform, operation), pairs of a backend and a predicate of
 # the operands. The first whose predicate holds, and which lacks nothing, serves; else "xla".
 _FASTER = {}
