@@ -135,6 +135,11 @@ def _rows(rows, features):
     return pl.BlockSpec((None, rows, features), lambda b, i: (b, i, 0))
 
 
+def _row_blocks(*shape):
+    """Block i of [b,i,...] in VMEM."""
+    return pl.BlockSpec((None, None, *shape), lambda b, i: (b, i, 0, 0))
+
+
 def _scalars(blocks):
     """Blocks [b,i,1,n] of scalars, with the spec that has block i in SMEM."""
     spec = pl.BlockSpec(
@@ -381,6 +386,13 @@ def _dot(lhs, rhs, lhs_axis, rhs_axis):
     )
 
 
+def _turn(vector):
+    """A column [n,1] as a row [1,n], or a row as a column."""
+    n, axis = max(vector.shape), int(vector.shape[0] == 1)
+    row, column = (lax.broadcasted_iota(jnp.int32, (n, n), axis) for axis in range(2))
+    return jnp.sum(jnp.where(row == column, vector, 0), axis=axis, keepdims=True)
+
+
 def _block_attention_kernel(
     indices, log_weights, q, k, v, out, log_sum_exp, keys, values, *, step, **sizes
 ):
@@ -404,7 +416,7 @@ def _block_attention_kernel(
     # Either the top entry adds 1, or there is no entry.
     total = jnp.maximum(total, 1)
     out[...] = sum_ / total
-    log_sum_exp[...] = jnp.where(top > -_LARGEST, top, 0) + jnp.log(total)
+    log_sum_exp[...] = _turn(jnp.where(top > -_LARGEST, top, 0) + jnp.log(total))
 
 
 def _wide(block, *arrays):
@@ -434,12 +446,12 @@ def block_attention(q, k, v, block_indices, log_weights, *, block, causal, inter
         ],
         [
             ((b, t, v.shape[2]), _rows(block, v.shape[2])),
-            ((b, t, 1), _rows(block, 1)),
+            ((b, t // block, 1, block), _row_blocks(1, block)),
         ],
         scratch=[pltpu.VMEM((step * block, x.shape[2]), x.dtype) for x in (k, v)],
         interpret=interpret,
     )
-    return out.astype(dtype), log_sum_exp[..., 0]
+    return out.astype(dtype), log_sum_exp.reshape(b, t)
 
 
 def _block_attention_grad_kernel(
@@ -453,10 +465,12 @@ def _block_attention_grad_kernel(
 
     arguments = (pl.program_id(1), indices, log_weights, q, (k, v), (keys, values))
 
+    top, mean = _turn(log_sum_exp[...]), _turn(mean_grad[...])
+
     def add_step(t, total):
         logits = _block_logits(*arguments, t * step, block=block, causal=causal)
-        weights = jnp.exp(logits - log_sum_exp[...])
-        dlogits = weights * (_dot(grad[...], values[...], 1, 1) - mean_grad[...])
+        weights = jnp.exp(logits - top)
+        dlogits = weights * (_dot(grad[...], values[...], 1, 1) - mean)
         dlogs[pl.ds(t, 1)] = jnp.sum(dlogits, axis=0, keepdims=True)
         dlogits, weights = dlogits.astype(k.dtype), weights.astype(k.dtype)
         dkeys, dvalues = _dot(dlogits, q[...], 0, 0), _dot(weights, grad[...], 0, 0)
@@ -477,7 +491,7 @@ def block_attention_grad(
 ):
     """Gradients of q, k, v and log_weights: one kernel, which keeps those of k and v in VMEM."""
     dtype = q.dtype
-    mean_grad = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1, keepdims=True)
+    mean_grad = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1)
     q, k, v, grad = _wide(block, q, k, v, grad)
     b, rows, p = block_indices.shape
     d, dv = q.shape[2], v.shape[2]
@@ -495,17 +509,14 @@ def block_attention_grad(
             (k, keep_k),
             (v, keep_v),
             (grad, _rows(block, dv)),
-            (log_sum_exp[..., None], _rows(block, 1)),
-            (mean_grad, _rows(block, 1)),
+            (log_sum_exp.reshape(b, rows, 1, block), _row_blocks(1, block)),
+            (mean_grad.reshape(b, rows, 1, block), _row_blocks(1, block)),
         ],
         [
             (q.shape, _rows(block, d)),
             (k.shape, keep_k),
             (v.shape, keep_v),
-            (
-                (b, rows, steps, step * block),
-                pl.BlockSpec((None, None, steps, step * block), lambda b, i: (b, i, 0, 0)),
-            ),
+            ((b, rows, steps, step * block), _row_blocks(steps, step * block)),
         ],
         scratch=[pltpu.VMEM((step * block, x.shape[2]), x.dtype) for x in (k, v)],
         interpret=interpret,
