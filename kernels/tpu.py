@@ -44,6 +44,7 @@ _BLOCK_NUMBERS = 2**17
 # Points, or keys, that the vector core works on at a time.
 _POINTS = 512
 _KEYS = 512
+_UNROLL = 16
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
@@ -71,6 +72,7 @@ def _entries_in_a_row(operation, operands):
 
 def _kept(operation, operands, sizes):
     """Bytes of the operands and results that a kernel of `operation` keeps in VMEM."""
+    block = sizes.get("block")
     match operation:
         case "ell_spmm" | "ell_sddmm":
             kept = _bytes(operands[2])
@@ -83,9 +85,9 @@ def _kept(operation, operands, sizes):
         case "gathered_attention" | "gathered_attention_grad":
             kept = max(_bytes(x) for x in operands[1:3])
         case "block_attention":
-            kept = sum(_bytes(x, x.dtype.itemsize) for x in operands[1:3])
+            kept = sum(_bytes(x, _tiled(x.dtype, block).itemsize) for x in operands[1:3])
         case "block_attention_grad":
-            kept = sum(_bytes(x, x.dtype.itemsize + 4) for x in operands[1:3])
+            kept = sum(_bytes(x, _tiled(x.dtype, block).itemsize + 4) for x in operands[1:3])
         case "redistribute" | "redistribute_grad":
             _, m, r = operands[0].shape
             # Points and results have two buffers, densities one.
@@ -98,6 +100,11 @@ def _bytes(array, itemsize=4, rows=None):
     """What VMEM takes for one matrix [rows,d] of a batch of them."""
     rows, features = rows or array.shape[-2], array.shape[-1]
     return _round_up(rows, 2 * _SUBLANES) * _round_up(features, _LANES) * itemsize
+
+
+def _tiled(dtype, block):
+    """The dtype of arrays that are cut in blocks: tiles of bfloat16 have 16 rows, of float32 8."""
+    return jnp.dtype(jnp.float32 if block % 16 else dtype)
 
 
 def _round_up(size, multiple):
@@ -179,25 +186,26 @@ def _clear(ref):
         ref[pl.ds(size - rest, rest)] = jnp.zeros((rest, ref.shape[1]), ref.dtype)
 
 
-def _for_entries(entries, step, init):
-    return lax.fori_loop(0, entries, step, init, unroll=min(entries, 16))
+def _unroll(interpret):
+    """Entries for the scheduler to overlap; interpreted, XLA would compile each by itself."""
+    return 1 if interpret else _UNROLL
 
 
-def _for_rows(rows, entries, step):
-    """Unrolled to 8 entries or so, for the scheduler to overlap them."""
-    lax.fori_loop(0, rows, lambda i, _: step(i), None, unroll=max(1, _SUBLANES // entries))
+def _for(count, step, init, unroll):
+    return lax.fori_loop(0, count, step, init, unroll=max(1, min(count, unroll)))
 
 
-def _ell_spmm_kernel(indices, values, dense, out, *, entries):
-    def reduce_row(i):
+def _ell_spmm_kernel(indices, values, dense, out, *, entries, unroll):
+    def reduce_row(i, _):
         def add(q, total):
             n = i * entries + q
             row = dense[pl.ds(jnp.maximum(indices[0, n], 0), 1)]
-            return total + values[0, n] * jnp.where(indices[0, n] >= 0, row, 0)
+            return total + jnp.where(indices[0, n] >= 0, values[0, n] * row, 0)
 
-        out[pl.ds(i, 1)] = _for_entries(entries, add, jnp.zeros((1, out.shape[1]), out.dtype))
+        zeros = jnp.zeros((1, out.shape[1]), out.dtype)
+        out[pl.ds(i, 1)] = _for(entries, add, zeros, unroll)
 
-    _for_rows(out.shape[0], entries, reduce_row)
+    _for(out.shape[0], reduce_row, None, unroll // entries)
 
 
 def ell_spmm(indices, values, dense, *, interpret):
@@ -206,7 +214,7 @@ def ell_spmm(indices, values, dense, *, interpret):
     features = dense.shape[-1]
     rows = _block_rows(i, p, features)
     (out,) = _call(
-        functools.partial(_ell_spmm_kernel, entries=p),
+        functools.partial(_ell_spmm_kernel, entries=p, unroll=_unroll(interpret)),
         (b, pl.cdiv(i, rows)),
         [
             _entries(_present(indices, dense.shape[1]), rows, -1),
@@ -219,10 +227,10 @@ def ell_spmm(indices, values, dense, *, interpret):
     return out.astype(dense.dtype)
 
 
-def _ell_spmm_transposed_kernel(indices, values, dense, out, *, entries):
+def _ell_spmm_transposed_kernel(indices, values, dense, out, *, entries, unroll):
     pl.when(pl.program_id(1) == 0)(lambda: _clear(out))
 
-    def spread_row(i):
+    def spread_row(i, _):
         row = dense[pl.ds(i, 1)]
 
         def add(q, _):
@@ -230,9 +238,9 @@ def _ell_spmm_transposed_kernel(indices, values, dense, out, *, entries):
             at = pl.ds(jnp.maximum(indices[0, n], 0), 1)
             out[at] += jnp.where(indices[0, n] >= 0, values[0, n] * row, 0)
 
-        _for_entries(entries, add, None)
+        _for(entries, add, None, unroll)
 
-    _for_rows(dense.shape[0], entries, spread_row)
+    _for(dense.shape[0], spread_row, None, unroll // entries)
 
 
 def ell_spmm_transposed(indices, values, dense, *, num_cols, interpret):
@@ -242,7 +250,7 @@ def ell_spmm_transposed(indices, values, dense, *, num_cols, interpret):
     rows = _block_rows(i, p, features)
     shape = (b, num_cols, features)
     (out,) = _call(
-        functools.partial(_ell_spmm_transposed_kernel, entries=p),
+        functools.partial(_ell_spmm_transposed_kernel, entries=p, unroll=_unroll(interpret)),
         (b, pl.cdiv(i, rows)),
         [
             _entries(_present(indices, num_cols), rows, -1),
@@ -255,15 +263,15 @@ def ell_spmm_transposed(indices, values, dense, *, num_cols, interpret):
     return out.astype(dense.dtype)
 
 
-def _ell_sddmm_kernel(indices, lhs, rhs, out, gathered, *, entries):
+def _ell_sddmm_kernel(indices, lhs, rhs, out, gathered, *, entries, unroll):
     rows = lhs.shape[0]
     column = lax.broadcasted_iota(jnp.int32, out.shape, 1)
 
     def fill_column(q, _):
-        def gather(i):
+        def gather(i, _):
             gathered[pl.ds(i, 1)] = rhs[pl.ds(indices[0, i * entries + q], 1)]
 
-        _for_rows(rows, 1, gather)
+        _for(rows, gather, None, unroll)
         dots = jnp.sum(lhs[...] * gathered[...], axis=1, keepdims=True)
         out[...] = jnp.where(column == q, dots, out[...])
 
@@ -277,7 +285,7 @@ def ell_sddmm(indices, lhs, rhs, *, interpret):
     rows = _block_rows(i, p, features)
     present = _present(indices, rhs.shape[1])
     (out,) = _call(
-        functools.partial(_ell_sddmm_kernel, entries=p),
+        functools.partial(_ell_sddmm_kernel, entries=p, unroll=_unroll(interpret)),
         (b, pl.cdiv(i, rows)),
         [
             _entries(jnp.maximum(present, 0), rows, 0),
@@ -333,17 +341,21 @@ def _key_blocks(block_indices, log_weights, num_keys, block, causal):
     """
     indices = _present(block_indices, num_keys // block)
     log_weights = log_weights.astype(jnp.float32)
-    present = (indices >= 0) & (log_weights > -jnp.inf)
+    present = (indices >= 0) & (log_weights != -jnp.inf)
     if causal:
         present &= indices <= lax.broadcasted_iota(jnp.int32, indices.shape, 1)
     p = indices.shape[-1]
-    step = min(p, _KEYS // block)
+    step = min(p, _UNROLL, _KEYS // block)
 
     def blocks(array, absent):
         array = jnp.where(present, array, absent)
         return jnp.pad(array, ((0, 0), (0, 0), (0, -p % step)), constant_values=absent)[:, :, None]
 
     return blocks(indices, -1), blocks(log_weights, -jnp.inf), step
+
+
+def _block(index, block):
+    return pl.ds(pl.multiple_of(jnp.maximum(index, 0) * block, block), block)
 
 
 def _block_logits(query_block, indices, log_weights, q, sources, targets, first, *, block, causal):
@@ -358,7 +370,7 @@ def _block_logits(query_block, indices, log_weights, q, sources, targets, first,
     limit = jnp.full((1, shape[1]), block)
     for entry in range(shape[1] // block):
         index = indices[0, first + entry]
-        rows = pl.ds(pl.multiple_of(jnp.maximum(index, 0) * block, block), block)
+        rows = _block(index, block)
         for source, target in zip(sources, targets, strict=True):
             target[pl.ds(entry * block, block)] = jnp.where(index >= 0, source[rows], 0)
         own = column // block == entry
@@ -376,7 +388,6 @@ def _block_logits(query_block, indices, log_weights, q, sources, targets, first,
 
 def _dot(lhs, rhs, lhs_axis, rhs_axis):
     """On the MXU: 16-bit operands as they are, float32 without loss."""
-    rhs = rhs.astype(lhs.dtype)
     return lax.dot_general(
         lhs,
         rhs,
@@ -419,21 +430,16 @@ def _block_attention_kernel(
     log_sum_exp[...] = _turn(jnp.where(top > -_LARGEST, top, 0) + jnp.log(total))
 
 
-def _wide(block, *arrays):
-    """The arrays, in float32 where a block is no multiple of the 16 rows of a tile of bfloat16."""
-    return arrays if block % (2 * _SUBLANES) == 0 else [x.astype(jnp.float32) for x in arrays]
-
-
 def block_attention(q, k, v, block_indices, log_weights, *, block, causal, interpret):
     """`gathered_attention` of blocks of queries over blocks of keys, and the log-sum-exps [b,t].
 
     One query block in each step of the grid, keys and values kept in VMEM.
     """
     dtype = q.dtype
-    q, k, v = _wide(block, q, k, v)
+    q, k, v = (x.astype(_tiled(dtype, block)) for x in (q, k, v))
     b, t, d = q.shape
     indices, log_weights, step = _key_blocks(block_indices, log_weights, k.shape[1], block, causal)
-    kept = _kept("block_attention", (q, k, v), {})
+    kept = _kept("block_attention", (q, k, v), {"block": block})
     out, log_sum_exp = _call(
         functools.partial(_block_attention_kernel, step=step, block=block, causal=causal),
         (b, t // block),
@@ -471,15 +477,16 @@ def _block_attention_grad_kernel(
         logits = _block_logits(*arguments, t * step, block=block, causal=causal)
         weights = jnp.exp(logits - top)
         dlogits = weights * (_dot(grad[...], values[...], 1, 1) - mean)
+        dlogits = jnp.where(logits > -jnp.inf, dlogits, 0)
         dlogs[pl.ds(t, 1)] = jnp.sum(dlogits, axis=0, keepdims=True)
         dlogits, weights = dlogits.astype(k.dtype), weights.astype(k.dtype)
         dkeys, dvalues = _dot(dlogits, q[...], 0, 0), _dot(weights, grad[...], 0, 0)
         for entry in range(step):
-            index = jnp.maximum(indices[0, t * step + entry], 0)
-            rows = pl.ds(pl.multiple_of(index * block, block), block)
+            index = indices[0, t * step + entry]
+            rows = _block(index, block)
             own = slice(entry * block, (entry + 1) * block)
-            dk[rows] += dkeys[own]
-            dv[rows] += dvalues[own]
+            dk[rows] += jnp.where(index >= 0, dkeys[own], 0)
+            dv[rows] += jnp.where(index >= 0, dvalues[own], 0)
         return total + _dot(dlogits, keys[...], 1, 0)
 
     zeros = jnp.zeros(q.shape, jnp.float32)
@@ -492,12 +499,12 @@ def block_attention_grad(
     """Gradients of q, k, v and log_weights: one kernel, which keeps those of k and v in VMEM."""
     dtype = q.dtype
     mean_grad = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1)
-    q, k, v, grad = _wide(block, q, k, v, grad)
+    q, k, v, grad = (x.astype(_tiled(dtype, block)) for x in (q, k, v, grad))
     b, rows, p = block_indices.shape
     d, dv = q.shape[2], v.shape[2]
     indices, log_weights, step = _key_blocks(block_indices, log_weights, k.shape[1], block, causal)
     steps = indices.shape[-1] // step
-    kept = _kept("block_attention_grad", (q, k, v), {})
+    kept = _kept("block_attention_grad", (q, k, v), {"block": block})
     keep_k, keep_v = _whole(k.shape, kept), _whole(v.shape, kept)
     dq, dk, dv, dlogs = _call(
         functools.partial(_block_attention_grad_kernel, step=step, block=block, causal=causal),
