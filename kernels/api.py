@@ -32,7 +32,7 @@ import numpy as np
 
 from . import xla
 
-_BACKENDS = ("xla", "triton", "triton_deterministic", "mosaic_gpu")
+_BACKENDS = ("xla", "triton", "triton_deterministic", "mosaic_gpu", "tpu")
 # What `implementation=None` takes: for (platform, operation), pairs of a backend and a predicate of
 # the operands. The first whose predicate holds, and which lacks nothing, serves; else "xla". Empty,
 # since nothing has been measured on a GPU or TPU. A line that `benchmarks.run` could earn there:

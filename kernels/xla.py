@@ -222,44 +222,47 @@ def _scan_tuples(step, carry, tuples, points_shape):
     return carry, jax.tree.map(join, out)
 
 
-def gathered_attention(q, k, v, indices, log_weights):
+def gathered_attention(q, k, v, indices, log_weights, *, spmm=ell_spmm, sddmm=ell_sddmm):
     """out[i] = sum over a of softmax_a(q[i] . k[indices[i, a]] + log_weights[i, a]) v[...].
 
     Returns out, and in the accumulator's dtype the log-sum-exp [*B,t] of the logits of each row, 0
     where a row has no entry.
     """
     dtype = q.dtype
-    indices, logits, q, k, v = _gathered_logits(q, k, v, indices, log_weights)
+    indices, logits, q, k, v = _gathered_logits(q, k, v, indices, log_weights, sddmm)
     top = _finite(logits.max(-1, keepdims=True))
     weights = jnp.exp(logits - top)
     # Either the top entry adds 1, or there is no entry.
     total = jnp.maximum(weights.sum(-1, keepdims=True), 1)
-    return ell_spmm(indices, weights / total, v).astype(dtype), (top + jnp.log(total))[..., 0]
+    return spmm(indices, weights / total, v).astype(dtype), (top + jnp.log(total))[..., 0]
 
 
-def gathered_attention_grad(q, k, v, indices, log_weights, out, log_sum_exp, grad):
+def gathered_attention_grad(
+    q, k, v, indices, log_weights, out, log_sum_exp, grad,
+    *, spmm=ell_spmm, spmm_transposed=ell_spmm_transposed, sddmm=ell_sddmm,
+):  # fmt: skip
     """Gradients of q, k, v and log_weights."""
     dtype, num_keys = q.dtype, k.shape[-2]
-    indices, logits, q, k, v = _gathered_logits(q, k, v, indices, log_weights)
+    indices, logits, q, k, v = _gathered_logits(q, k, v, indices, log_weights, sddmm)
     out, grad = out.astype(logits.dtype), grad.astype(logits.dtype)
     weights = jnp.exp(logits - log_sum_exp[..., None])
     mean_grad = (out * grad).sum(-1, keepdims=True)
-    dlogits = jnp.where(indices < 0, 0, weights * (ell_sddmm(indices, grad, v) - mean_grad))
+    dlogits = jnp.where(indices < 0, 0, weights * (sddmm(indices, grad, v) - mean_grad))
     grads = (
-        ell_spmm(indices, dlogits, k),
-        ell_spmm_transposed(indices, dlogits, q, num_cols=num_keys),
-        ell_spmm_transposed(indices, weights, grad, num_cols=num_keys),
+        spmm(indices, dlogits, k),
+        spmm_transposed(indices, dlogits, q, num_cols=num_keys),
+        spmm_transposed(indices, weights, grad, num_cols=num_keys),
         dlogits,
     )
     return tuple(x.astype(dtype) for x in grads)
 
 
-def _gathered_logits(q, k, v, indices, log_weights):
+def _gathered_logits(q, k, v, indices, log_weights, sddmm):
     """Indices, -1 where absent; logits, -inf there; q, k and v; in the accumulator's dtype."""
     q, k, v, log_weights = (x.astype(accumulator(x.dtype)) for x in (q, k, v, log_weights))
     present = _in_bounds(indices, k.shape[-2]) & (log_weights != -jnp.inf)
     indices = jnp.where(present, indices, -1)
-    logits = jnp.where(present, ell_sddmm(indices, q, k) + log_weights, -jnp.inf)
+    logits = jnp.where(present, sddmm(indices, q, k) + log_weights, -jnp.inf)
     return indices, logits, q, k, v
 
 

@@ -19,13 +19,14 @@ PRODUCTS = ("ell_spmm", "ell_spmm_transposed", "ell_sddmm", "spmm", "sddmm")
 ATTENTIONS = ("gathered_attention", "block_attention", "causal_block_attention")
 OPERATIONS = (*PRODUCTS, "redistribute", *ATTENTIONS)
 # The operations of each backend. Kernels run interpreted where there is no device for them.
-SERVED = [("xla", name) for name in OPERATIONS] + [(None, "ell_spmm"), (None, "block_attention")]
+SERVED = [(backend, name) for backend in ("xla", "tpu") for name in OPERATIONS]
+SERVED += [(None, "ell_spmm"), (None, "block_attention")]
 SERVED += [("triton", name) for name in (*PRODUCTS, "redistribute", "gathered_attention")]
 SERVED += [("triton_deterministic", name) for name in ("ell_spmm_transposed", "spmm")]
 contract = pytest.mark.parametrize("implementation, name", SERVED)
 operations = pytest.mark.parametrize("name", OPERATIONS)
 
-BLOCK = 2
+BLOCK = 8
 
 
 def example(name, batch=(2,), *, i=5, j=7, p=3, n=11, d=4, dtype=jnp.float32):
@@ -358,7 +359,7 @@ def test_wrong_input_names_the_argument():
         "num_cols: got 2.0, want a static integer of at least 0": (
             lambda: kernels.ell_spmm_transposed(indices, values, dense[:, :5], num_cols=2.0)
         ),
-        "implementation: got 'cusparse', want None or one of 'xla'": (
+        "implementation: got 'cusparse', want None or one of 'xla', 'tpu'": (
             lambda: kernels.ell_spmm(indices, values, dense, implementation="cusparse")
         ),
         "where: got float32, want bool": (

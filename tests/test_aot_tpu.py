@@ -1,0 +1,114 @@
+"""Every TPU kernel, forward and backward, compiled ahead of time for TPUs that are not there.
+
+Interpret mode accepts what the compiler refuses: here it shows that a kernel exists. Serial, as one
+process at a time may hold libtpu.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+from hyperlayer_jax import kernels
+
+pytest.importorskip("libtpu", reason="libtpu is not installed, it comes with the extra aot")
+
+# The last shape of each fills what VMEM keeps: of the operands, or of their gradients.
+PRODUCTS = [  # b, i, p, j, d
+    (2, 5, 3, 7, 4, "float32"),
+    (3, 784, 10, 10000, 64, "bfloat16"),
+    (1, 1000, 33, 98304, 256, "float32"),
+]
+REDISTRIBUTE = [(2, 5, 3, 1), (64, 700, 33, 2), (1, 600000, 1000, 3)]  # b, m, k, r
+BLOCK_ATTENTION = [  # b, t, p, block, d
+    (2, 40, 3, 8, 64, "bfloat16"),
+    (2, 2048, 40, 16, 128, "bfloat16"),
+    (1, 4096, 16, 128, 128, "float32"),
+    (2, 65536, 16, 64, 64, "bfloat16"),
+]
+targets = pytest.mark.parametrize("target", ["v5e:2x2", "v6e:2x2"])
+array = jax.ShapeDtypeStruct
+
+
+@functools.cache
+def describe(target):
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    return topologies.get_topology_desc(target, platform="tpu").devices[0]
+
+
+def count_kernels(target, name, positions, *floats, **sizes):
+    """The kernels in the compiled value and gradients of an operation on these operands."""
+
+    def run(positions, floats):
+        operation = functools.partial(getattr(kernels, name), implementation="tpu", **sizes)
+        out, vjp = jax.vjp(lambda floats: operation(**positions, **floats), floats)
+        return out, vjp(out)
+
+    device = describe(target)
+    sharding = SingleDeviceSharding(device)
+    arguments = jax.tree.map(lambda x: x.update(sharding=sharding), (positions, *floats))
+    chip = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)):
+        traced = jax.jit(run, out_shardings=sharding).trace(*arguments)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    return compiled.as_text().count("tpu_custom_call")
+
+
+@targets
+@pytest.mark.parametrize("b, i, p, j, d, dtype", PRODUCTS)
+class TestProducts:
+    """Row-wise products and their gradients are one kernel each, others are made of them."""
+
+    def test_ell_spmm(self, target, b, i, p, j, d, dtype):
+        positions = {"indices": array((b, i, p), jnp.int32)}
+        floats = {"values": array((b, i, p), dtype), "dense": array((b, j, d), dtype)}
+        assert count_kernels(target, "ell_spmm", positions, floats) == 3
+
+    def test_ell_spmm_transposed(self, target, b, i, p, j, d, dtype):
+        positions = {"indices": array((b, i, p), jnp.int32)}
+        floats = {"values": array((b, i, p), dtype), "dense": array((b, i, d), dtype)}
+        assert count_kernels(target, "ell_spmm_transposed", positions, floats, num_cols=j) == 3
+
+    def test_ell_sddmm(self, target, b, i, p, j, d, dtype):
+        positions = {"indices": array((b, i, p), jnp.int32)}
+        floats = {"lhs": array((b, i, d), dtype), "rhs": array((b, j, d), dtype)}
+        assert count_kernels(target, "ell_sddmm", positions, floats) == 3
+
+    def test_spmm(self, target, b, i, p, j, d, dtype):
+        positions = dict.fromkeys(("rows", "cols"), array((b, i * p), jnp.int32))
+        floats = {"values": array((b, i * p), dtype), "dense": array((b, j, d), dtype)}
+        assert count_kernels(target, "spmm", positions, floats, num_rows=i) == 6
+
+    def test_sddmm(self, target, b, i, p, j, d, dtype):
+        positions = dict.fromkeys(("rows", "cols"), array((b, i * p), jnp.int32))
+        floats = {"lhs": array((b, i, d), dtype), "rhs": array((b, j, d), dtype)}
+        assert count_kernels(target, "sddmm", positions, floats) == 6
+
+    def test_gathered_attention(self, target, b, i, p, j, d, dtype):
+        positions = {"indices": array((b, i, p), jnp.int32)}
+        floats = dict.fromkeys(("k", "v"), array((b, j, d), dtype))
+        floats |= {"q": array((b, i, d), dtype), "log_weights": array((b, i, p), dtype)}
+        assert count_kernels(target, "gathered_attention", positions, floats) == 7
+
+
+@targets
+@pytest.mark.parametrize("b, m, k, r", REDISTRIBUTE)
+def test_redistribute(target, b, m, k, r):
+    positions = {"points": array((b, m, r), jnp.int32), "where": array((b, m), jnp.bool_)}
+    floats = dict.fromkeys(("means", "sigmas"), array((b, k, r), jnp.float32))
+    floats |= {"values": array((b, k), jnp.float32)}
+    assert count_kernels(target, "redistribute", positions, floats) == 2
+
+
+@targets
+@pytest.mark.parametrize("b, t, p, block, d, dtype", BLOCK_ATTENTION)
+def test_block_attention(target, b, t, p, block, d, dtype):
+    positions = {"block_indices": array((b, t // block, p), jnp.int32)}
+    floats = dict.fromkeys("qkv", array((b, t, d), dtype))
+    floats |= {"log_weights": array((b, t // block, p), dtype)}
+    sizes = {"block": block, "causal": block != 16}
+    assert count_kernels(target, "block_attention", positions, floats, **sizes) == 2
