@@ -328,7 +328,7 @@ ERRORS = {
     r"x: got bfloat16, want that of tensor.values, float32": lambda: hl.contract(
         COO, X.astype(jnp.bfloat16)
     ),
-    "implementation must be None or one of .*, got 'cusparse'": lambda: hl.contract(
+    "implementation: got 'cusparse', want None or one of": lambda: hl.contract(
         ELL, X, implementation="cusparse"
     ),
     "tensor.out_shape: got .2.5,.*want a sequence of ints": lambda: hl.todense(
