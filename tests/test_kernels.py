@@ -359,7 +359,7 @@ def test_wrong_input_names_the_argument():
         "num_cols: got 2.0, want a static integer of at least 0": (
             lambda: kernels.ell_spmm_transposed(indices, values, dense[:, :5], num_cols=2.0)
         ),
-        "implementation: got 'cusparse', want None or one of 'xla', 'tpu'": (
+        "implementation: got 'cusparse', want None or one of 'xla', ": (
             lambda: kernels.ell_spmm(indices, values, dense, implementation="cusparse")
         ),
         "where: got float32, want bool": (
