@@ -91,7 +91,7 @@ def cases(num_rows: int) -> Iterator[tuple[tuple[str, int, int], Callable, tuple
 def fastest(
     table: dict, key: tuple[str, int, int], function: Callable, arguments: tuple
 ) -> tuple[tuning.Config, float]:
-    """The best `Config` for a key, and its seconds; `table` keeps the last one tried."""
+    """The best `Config` for a key of `table`, and its seconds; the last one tried stays in it."""
 
     def prepare(config):
         table[key] = tuple(config)

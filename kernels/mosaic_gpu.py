@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _TILE = 64
 _HEADS = (64, 128)
+_MAX_BATCH = 65535
 _STAGES = 2
 _LOG2E = math.log2(math.e)
 # How matrix products want their operands laid out in shared memory.
@@ -41,6 +42,8 @@ def lacks(_, q, k, v, *operands, block, causal):
     for head in (q.shape[-1], v.shape[-1]):
         if head not in _HEADS:
             return f"it serves heads of {_HEADS[0]} or {_HEADS[1]} features, got {head}"
+    if q.shape[0] > _MAX_BATCH:
+        return f"its grid holds a batch of at most {_MAX_BATCH}, got {q.shape[0]}"
     return ""
 
 
