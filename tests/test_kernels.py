@@ -19,8 +19,8 @@ PRODUCTS = ("ell_spmm", "ell_spmm_transposed", "ell_sddmm", "spmm", "sddmm")
 ATTENTIONS = ("gathered_attention", "block_attention", "causal_block_attention")
 OPERATIONS = (*PRODUCTS, "redistribute", *ATTENTIONS)
 # The operations of each backend. Kernels run interpreted where there is no device for them.
-SERVED = [(backend, name) for backend in ("xla", "tpu") for name in OPERATIONS]
-SERVED += [(None, "ell_spmm"), (None, "block_attention")]
+SERVED = [("xla", name) for name in OPERATIONS] + [(None, "ell_spmm"), (None, "block_attention")]
+SERVED += [("tpu", name) for name in OPERATIONS]
 contract = pytest.mark.parametrize("implementation, name", SERVED)
 operations = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -318,6 +318,8 @@ def test_shard_map_shards_the_batch(name, implementation):
         mesh=mesh,
         in_specs=(PartitionSpec("data"), *specs),
         out_specs=PartitionSpec("data"),
+        # The interpreter of Pallas does not mark what varies over a mesh; compiled kernels are.
+        check_vma=implementation in (None, "xla"),
     )
     actual, expected = loss(sharded)(floats), loss(batched)(floats)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-4, 1e-4), actual, expected)
