@@ -1,8 +1,9 @@
 """Sparse attention against dense causal attention, and the length at which it overtakes it.
 
-`gathered` reads 32 keys for each query, `block` 16 blocks of 64 keys for each 64 queries (all
-blocks there are, where these are fewer). The heads are 64 wide: on a CPU 4 of float32, elsewhere 8
-of bfloat16. The difference is that of the last queries from dense attention over the same keys.
+`gathered` reads 32 keys for each query, `block` 16 blocks of 64 keys for each 64 queries: its own,
+and others drawn before it, of which some repeat in short sequences. The heads are 64 wide: on a CPU
+4 of float32, elsewhere 8 of bfloat16. The difference is that of the last queries from dense
+attention over the same keys.
 """
 
 import functools
