@@ -46,10 +46,11 @@ def soft_quicksort(
     Quicksort with exact halves: at each level, every bucket is split around its median score, the
     pivot (equations 10 and 11 of docs/method.md). An item goes up with probability
     sigmoid(certainty * (score - pivot)). Candidates are
-    the split by score and `num_samples` random ones, copies counted once; each is a permutation
-    (the lower half before the upper half, in both the order that they had), weighted by its
-    probability among the candidates of its bucket. Their weighted sum is applied to the items
-    and the scores. With num_samples=0 the result is the exact, stable sort.
+    the split by score and `num_samples` random ones, copies counted once. Each is a permutation,
+    weighted by its probability among the candidates of its bucket: the split by score puts the
+    lower half before the upper half and keeps the order in both; in the others, items that change
+    sides exchange places. The weighted sum is applied to the items and the scores. With
+    num_samples=0 the result is the exact, stable sort.
 
     Two departures from the paper: buckets weigh their candidates apart from each other, where the
     paper weighs whole sequences; and candidates are drawn near the split by score, where the
@@ -130,22 +131,23 @@ def _split(noise, scores, start, next_start, certainty, proposal):
         return jax.lax.sort((fixed[0], by, fixed[1]), num_keys=2, is_stable=True)[2]
 
     scores = scores.astype(compute_dtype(scores.dtype))
-    ordered = jnp.take_along_axis(scores, order(jax.lax.stop_gradient(scores)), axis=-1)
+    by_score = order(jax.lax.stop_gradient(scores))
+    ordered = jnp.take_along_axis(scores, by_score, axis=-1)
     below = np.where((stop - start) % 2, middle, np.maximum(middle - 1, 0))
     pivot = ordered[..., below] / 2 + ordered[..., middle] / 2
     log_odds = (scores - pivot[..., bucket]) * certainty
     log_odds = jnp.clip(log_odds, -_MAX_LOG_ODDS, _MAX_LOG_ODDS)
 
-    fixed = jax.lax.stop_gradient(scores)[..., None, :]
-    drawn = (
-        noise if proposal == "uniform" else noise + jax.lax.stop_gradient(log_odds)[..., None, :]
-    )
-    split = order(jnp.concatenate([fixed, drawn], axis=-2))
-    # Both halves of a candidate keep the order that its items had.
-    source = jnp.sort(split + _align(half * size, split), axis=-1) % size
-
+    # Rows are the items after the split by score, in which both halves keep the order they had.
+    split = jnp.sort(by_score + _align(half * size, by_score), axis=-1) % size
+    log_odds = jnp.take_along_axis(log_odds, split, axis=-1)
+    drawn = noise
+    if proposal == "local":
+        drawn += jax.lax.stop_gradient(log_odds)[..., None, :]
+    unchanged = jnp.broadcast_to(_align(positions, noise), (*noise.shape[:-2], 1, size))
+    rows = jnp.concatenate([unchanged, _exchange(order(drawn), half)], axis=-2)
     sign = np.where(np.isin(next_start[half], start), -1, 1).astype(scores.dtype)
-    odds = jnp.take_along_axis(log_odds[..., None, :], source, axis=-1)
+    odds = jnp.take_along_axis(log_odds[..., None, :], rows, axis=-1)
     membership = (bucket[:, None] == np.arange(len(start))).astype(scores.dtype)
     log_weight = jnp.matmul(
         jax.nn.log_sigmoid(odds * _align(sign, odds)), membership, precision="highest"
@@ -154,12 +156,36 @@ def _split(noise, scores, start, next_start, certainty, proposal):
     # A candidate is known by its lower half; short rows repeat their last item.
     width = np.arange(max(1, (middle - start).max()))
     lower = np.minimum(start[:, None] + width, np.maximum(middle - 1, start)[:, None])
-    copies = duplicate_mask(jnp.moveaxis(source[..., lower], -3, -2))
+    copies = duplicate_mask(jnp.moveaxis(rows[..., lower], -3, -2))
     log_weight = jnp.where(jnp.moveaxis(copies, -1, -2), -jnp.inf, log_weight)
     weight = jax.nn.softmax(log_weight, axis=-2)[..., bucket]
+    source = jnp.take_along_axis(split[..., None, :], rows, axis=-1)
     return RowSparseTensor(
         jnp.moveaxis(source, -1, -2)[..., None], jnp.moveaxis(weight, -1, -2), (size,), (size,)
     )
+
+
+def _exchange(order, half):
+    """Turns candidate orders of rows [..., s] into permutations that move as few rows as they can.
+
+    The row at position i of an order belongs in half[i]. Rows that are there already stay, and the
+    others of a half, in order, take the places of those that leave it.
+    """
+    size = len(half)
+    halves = jnp.asarray(half, order.dtype)
+    home = halves[order]
+    goal = jnp.broadcast_to(_align(half, order), order.shape)
+    # Sorting by row inverts the order: where each row goes.
+    goal_of_row = halves[jnp.sort(order * size + _align(np.arange(size), order), axis=-1) % size]
+    row = jnp.broadcast_to(_align(np.arange(size, dtype=half.dtype), order), order.shape)
+
+    def arrange(half, moves, row):
+        """By half: the rows that stay, then those that move, each in ascending order."""
+        return jnp.sort((2 * half + moves.astype(half.dtype)) * size + row, axis=-1) % size
+
+    arriving = arrange(goal, home != goal, order)
+    leaving = arrange(goal, goal_of_row != goal, row)
+    return jnp.sort(leaving * size + arriving, axis=-1) % size
 
 
 def _apply(permutation, x):

@@ -65,11 +65,20 @@ def split_probability(scores, upper, certainty):
 
 
 def soft_split(scores, candidates, certainty):
-    """The mean permutation of a bucket over `candidates`, sets of upper items, copies once."""
+    """The mean permutation of a bucket over `candidates`, sets of upper items, copies once.
+
+    Items that a candidate moves to the other side of the split by score exchange places.
+    """
     n = len(scores)
+    by_score = sorted(range(n), key=lambda i: scores[i])
+    base = sorted(by_score[: n // 2]) + sorted(by_score[n // 2 :])
     total, matrix = 0.0, np.zeros((n, n))
     for upper in {frozenset(c) for c in candidates}:
-        order = [i for i in range(n) if i not in upper] + [i for i in range(n) if i in upper]
+        order = list(base)
+        rising = [row for row in range(n // 2) if base[row] in upper]
+        falling = [row for row in range(n // 2, n) if base[row] not in upper]
+        for low, high in zip(rising, falling, strict=True):
+            order[low], order[high] = base[high], base[low]
         weight = split_probability(scores, upper, certainty)
         total += weight
         matrix[np.arange(n), order] += weight
