@@ -44,7 +44,6 @@ _BLOCK_NUMBERS = 2**17
 # Points, or keys, that the vector core works on at a time.
 _POINTS = 512
 _KEYS = 512
-_UNROLL = 16
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
@@ -187,8 +186,8 @@ def _clear(ref):
 
 
 def _unroll(interpret):
-    """Entries for the scheduler to overlap; interpreted, XLA would compile each by itself."""
-    return 1 if interpret else _UNROLL
+    """Entries that are written out one by one: many to schedule well, few to interpret."""
+    return 2 if interpret else 16
 
 
 def _for(count, step, init, unroll):
@@ -334,10 +333,10 @@ def _products(interpret, *names):
     return {n: functools.partial(globals()[f"ell_{n}"], interpret=interpret) for n in names}
 
 
-def _key_blocks(block_indices, log_weights, num_keys, block, causal):
+def _key_blocks(block_indices, log_weights, num_keys, block, causal, interpret):
     """Positions, -1 where absent, and log weights, -inf there: [b,t/block,1,p], p in whole steps.
 
-    Also the number of entries in a step: up to 512 keys are multiplied at a time.
+    Also the number of entries in a step, whose keys are multiplied at once.
     """
     indices = _present(block_indices, num_keys // block)
     log_weights = log_weights.astype(jnp.float32)
@@ -345,7 +344,7 @@ def _key_blocks(block_indices, log_weights, num_keys, block, causal):
     if causal:
         present &= indices <= lax.broadcasted_iota(jnp.int32, indices.shape, 1)
     p = indices.shape[-1]
-    step = min(p, _UNROLL, _KEYS // block)
+    step = min(p, _KEYS // block, _unroll(interpret))
 
     def blocks(array, absent):
         array = jnp.where(present, array, absent)
@@ -438,7 +437,9 @@ def block_attention(q, k, v, block_indices, log_weights, *, block, causal, inter
     dtype = q.dtype
     q, k, v = (x.astype(_tiled(dtype, block)) for x in (q, k, v))
     b, t, d = q.shape
-    indices, log_weights, step = _key_blocks(block_indices, log_weights, k.shape[1], block, causal)
+    indices, log_weights, step = _key_blocks(
+        block_indices, log_weights, k.shape[1], block, causal, interpret
+    )
     kept = _kept("block_attention", (q, k, v), {"block": block})
     out, log_sum_exp = _call(
         functools.partial(_block_attention_kernel, step=step, block=block, causal=causal),
@@ -502,7 +503,9 @@ def block_attention_grad(
     q, k, v, grad = (x.astype(_tiled(dtype, block)) for x in (q, k, v, grad))
     b, rows, p = block_indices.shape
     d, dv = q.shape[2], v.shape[2]
-    indices, log_weights, step = _key_blocks(block_indices, log_weights, k.shape[1], block, causal)
+    indices, log_weights, step = _key_blocks(
+        block_indices, log_weights, k.shape[1], block, causal, interpret
+    )
     steps = indices.shape[-1] // step
     kept = _kept("block_attention_grad", (q, k, v), {"block": block})
     keep_k, keep_v = _whole(k.shape, kept), _whole(v.shape, kept)

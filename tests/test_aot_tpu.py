@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from hyperlayer_jax import kernels
 
@@ -35,9 +43,9 @@ array = jax.ShapeDtypeStruct
 
 
 @functools.cache
-def describe(target):
+def devices(target):
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    return topologies.get_topology_desc(target, platform="tpu").devices[0]
+    return topologies.get_topology_desc(target, platform="tpu").devices
 
 
 def count_kernels(target, name, positions, *floats, **sizes):
@@ -48,7 +56,7 @@ def count_kernels(target, name, positions, *floats, **sizes):
         out, vjp = jax.vjp(lambda floats: operation(**positions, **floats), floats)
         return out, vjp(out)
 
-    device = describe(target)
+    device = devices(target)[0]
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: x.update(sharding=sharding), (positions, *floats))
     chip = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
@@ -112,3 +120,29 @@ def test_block_attention(target, b, t, p, block, d, dtype):
     floats |= {"log_weights": array((b, t // block, p), dtype)}
     sizes = {"block": block, "causal": block != 16}
     assert count_kernels(target, "block_attention", positions, floats, **sizes) == 2
+
+
+@targets
+def test_shard_map_checks_what_varies(target):
+    """A kernel on each of four chips, over shards of the batch; the gradient of what they share."""
+    mesh = Mesh(devices(target), ("data",), axis_types=(AxisType.Auto,))
+    split, shared = PartitionSpec("data"), PartitionSpec()
+
+    def run(indices, values, dense):
+        def loss(dense):
+            def product(indices, values):
+                return kernels.ell_spmm(indices, values, dense, implementation="tpu")
+
+            return (jax.vmap(product)(indices, values) ** 2).sum()
+
+        return jax.grad(loss)(dense)
+
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(split, split, shared), out_specs=shared)
+    arguments = (
+        array((8, 50, 3), jnp.int32, sharding=NamedSharding(mesh, split)),
+        array((8, 50, 3), jnp.float32, sharding=NamedSharding(mesh, split)),
+        array((40, 16), jnp.float32, sharding=NamedSharding(mesh, shared)),
+    )
+    compiled = jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    text = compiled.as_text()
+    assert text.count("tpu_custom_call") == 2 and text.count("all-reduce(") == 1
