@@ -3,16 +3,18 @@
 A TPU has no gather from a vector of positions. It has a load of any row of VMEM, whose number the
 scalar core reads from SMEM. So the operand that entries point into, or the result they add to, is
 kept in VMEM whole, once for each matrix of the batch, and the scalar core walks the entries, which
-pass through SMEM in blocks. The compiler's schedules for v5e, up to 128 features, float32:
+pass through SMEM in blocks. Bundles that libtpu schedules for v5e, float32 and 64 features, for an
+entry of a row of 10, and for one that is alone in its row:
 
-    ell_spmm                5.4 cycles for an entry
-    ell_spmm_transposed     5.0, and 6.6 with one entry in a row
-    ell_sddmm               3.3
+    ell_spmm                5.5 and 5.4
+    ell_spmm_transposed     5.0 and 6.4
+    ell_sddmm               3.2 and 2.6
 
-whatever the number of columns, and HBM moves every operand once. The alternative is a one-hot tile
-of the sparse matrix times the dense operand on the MXU: some 1.2 cycles an entry for each 1000
-columns, the work of a dense product, which is less below 4000 columns and has no bound above. Rows
-cost what the entries cost, and 96 MiB of VMEM keep 196608 of them.
+whatever the number of columns, and HBM moves every operand once. The alternative, a one-hot tile of
+the sparse matrix times the dense operand on the MXU, does the work of a dense product: by a count
+of operations 1.2 cycles an entry for each 1000 columns, so less below some 4000 columns and without
+bound above. Rows cost what the entries cost, and 96 MiB of VMEM keep 196608 of them. None of this
+is measured: no kernel here has run on a TPU.
 
 COO products are ELL products with one entry in a row, there and back, and gathered attention is
 made of ELL products. Block attention is the same walk with blocks of keys in place of rows, and the
@@ -186,7 +188,7 @@ def _clear(ref):
 
 
 def _unroll(interpret):
-    """Entries that are written out one by one: many to schedule well, few to interpret."""
+    """Entries of a row written out one by one, half as many across rows; few to interpret."""
     return 2 if interpret else 16
 
 
@@ -204,7 +206,7 @@ def _ell_spmm_kernel(indices, values, dense, out, *, entries, unroll):
         zeros = jnp.zeros((1, out.shape[1]), out.dtype)
         out[pl.ds(i, 1)] = _for(entries, add, zeros, unroll)
 
-    _for(out.shape[0], reduce_row, None, unroll // entries)
+    _for(out.shape[0], reduce_row, None, unroll // 2 // entries)
 
 
 def ell_spmm(indices, values, dense, *, interpret):
@@ -239,7 +241,7 @@ def _ell_spmm_transposed_kernel(indices, values, dense, out, *, entries, unroll)
 
         _for(entries, add, None, unroll)
 
-    _for(dense.shape[0], spread_row, None, unroll // entries)
+    _for(dense.shape[0], spread_row, None, unroll // 2 // entries)
 
 
 def ell_spmm_transposed(indices, values, dense, *, num_cols, interpret):
@@ -270,7 +272,7 @@ def _ell_sddmm_kernel(indices, lhs, rhs, out, gathered, *, entries, unroll):
         def gather(i, _):
             gathered[pl.ds(i, 1)] = rhs[pl.ds(indices[0, i * entries + q], 1)]
 
-        _for(rows, gather, None, unroll)
+        _for(rows, gather, None, unroll // 2)
         dots = jnp.sum(lhs[...] * gathered[...], axis=1, keepdims=True)
         out[...] = jnp.where(column == q, dots, out[...])
 
