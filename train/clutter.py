@@ -76,7 +76,7 @@ def clutter(
 
 
 def _window(start: jax.Array, h: int, w: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Indices that take h x w windows from [B, H, W], at `start` [B, n, 2]: each to [B, n, h, w]."""
+    """Indices into [B, H, W] that take h x w windows at `start` [B, n, 2]: [B, n, h, w]."""
     rows = start[..., 0, None, None] + np.arange(h, dtype=np.int32)[None, None, :, None]
     columns = start[..., 1, None, None] + np.arange(w, dtype=np.int32)[None, None, None, :]
     return np.arange(len(start), dtype=np.int32)[:, None, None, None], rows, columns
