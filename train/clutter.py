@@ -46,6 +46,7 @@ def clutter(
     Raises:
       ValueError: the sizes do not fit each other.
     """
+    images = jnp.asarray(images)
     n, h, w, channels = images.shape
     if canvas < max(h, w):
         raise ValueError(f"canvas: got {canvas}, want at least the digits' {h} x {w}")

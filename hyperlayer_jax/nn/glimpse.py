@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from hyperlayer_jax import checks
-from hyperlayer_jax.hyperlayer import discretize, round_tuples
+from hyperlayer_jax.hyperlayer import discretize
 from hyperlayer_jax.sampling import round_means
 from hyperlayer_jax.tensors import contract
 from hyperlayer_jax.transforms import last_indices, transform_means, transform_sigmas
@@ -174,7 +174,8 @@ class GlimpseAttention(nnx.Module):
     Features of the image decide on one shape and one sigma for each glimpse. Every output pixel
     owns one index tuple over the pixels of the image, of value 1 and with its mean on a grid over
     the shape. In training, points are sampled around the means and shared by all channels; an
-    output pixel is their weighted mean. Deterministic, it is the pixel nearest to its mean.
+    output pixel is their weighted mean. Deterministic, nothing is drawn and the four neighbours of
+    the mean remain: rounding, as the paper has it, would read the glimpse half a pixel off.
     """
 
     def __init__(
@@ -206,7 +207,7 @@ class GlimpseAttention(nnx.Module):
           num_global: points per output pixel drawn from the whole image.
           num_local: points per output pixel drawn from the region.
           region: the axes of the region around a mean; needed when num_local > 0.
-          deterministic: rounds the means; `nnx.view(model, deterministic=True)` for evaluation.
+          deterministic: draws no points; `nnx.view(model, deterministic=True)` for evaluation.
           rngs: the streams `params` and `sample`.
 
         Raises:
@@ -239,24 +240,22 @@ class GlimpseAttention(nnx.Module):
             _rows(jnp.broadcast_to(sigmas[..., None, None, :], means.shape))[..., None, :],
             jnp.ones_like(rows[..., 0]),
         )
-        if self.deterministic:
-            indices, values = round_tuples(tuples, shape)
-        else:
-            indices, values = discretize(
-                self.rngs(),
-                tuples,
-                shape,
-                num_global=self.num_global,
-                num_local=self.num_local,
-                region=self.region,
-            )
+        key = jax.random.key(0) if self.deterministic else self.rngs()
+        indices, values = discretize(
+            key,
+            tuples,
+            shape,
+            num_global=0 if self.deterministic else self.num_global,
+            num_local=0 if self.deterministic else self.num_local,
+            region=self.region,
+        )
         return Glimpses(_read(images, indices, values, means), means, sigmas)
 
     def set_view(self, deterministic: bool | None = None):
         """Called by `nnx.view`.
 
         Args:
-          deterministic: rounds the means instead of sampling around them.
+          deterministic: draws no points around the means.
         """
         if deterministic is not None:
             self.deterministic = deterministic
