@@ -24,7 +24,7 @@ def discretize(
     region: int | Sequence[int] | None = None,
     where: Predicate | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Turns tuples into integer points and values for training (section 2 of the paper).
+    """Turns tuples into integer points and values for training (docs/method.md, equations 4 to 6).
 
     Samples points around the means and redistributes the values over them, chunk by chunk.
     Gradients reach means, sigmas and values through the values of the points.
@@ -58,7 +58,7 @@ def discretize(
 def round_tuples(
     tuples: IndexTuples, shape: Sequence[int], *, where: Predicate | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Turns tuples into integer points and values for evaluation: every mean is rounded.
+    """Turns tuples into points and values for evaluation: rounds (equation 8 of docs/method.md).
 
     Args:
       tuples: means and sigmas [*B, k, r], values [*B, k].
@@ -82,10 +82,8 @@ def round_tuples(
     return indices, jnp.where(allowed, tuples.values, 0)
 
 
-def apply_template(
-    template: jax.Array, indices: jax.Array, *, columns: Sequence[int]
-) -> jax.Array:
-    """Stitches learned columns into the fixed columns of a template (section 2.2 of the paper).
+def apply_template(template: jax.Array, indices: jax.Array, *, columns: Sequence[int]) -> jax.Array:
+    """Stitches learned columns into the fixed columns of a template.
 
     Fixed columns are the same for all points of a chunk, since its points share one index space.
 

@@ -29,7 +29,7 @@ def sample_indices(
 
     Around each mean: its 2^r floor/ceil neighbours, `num_global` points uniform over the whole
     index space, and `num_local` points uniform over a box of `region` indices centred on the
-    rounded mean and shifted back inside at the borders (section 2 of the paper, "sampling").
+    rounded mean and shifted back inside at the borders (equation 4 of docs/method.md).
     Means outside the space are clipped to it.
 
     Args:
@@ -80,7 +80,7 @@ def round_means(means: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def _to_indices(whole: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Clips whole floating numbers [..., r] to [0, shape) and makes them int32, without overflow."""
+    """Clips whole numbers, floating [..., r], to [0, shape) and makes them int32."""
     whole = whole.astype(compute_dtype(whole.dtype))
     last = last_indices(shape, whole.dtype).reshape((1,) * (whole.ndim - 1) + (-1,))
     return jnp.clip(whole, 0, last).astype(jnp.int32)
@@ -125,7 +125,8 @@ def duplicate_mask(indices: jax.Array) -> jax.Array:
         same = open_ & (points == points.at[chunk, winner].get(mode="clip")).all(-1)
         return salt + 1, open_ & ~same, copy | (same & (winner != position))
 
-    open_ = jnp.ones((chunks, m), bool)
+    # All True, and inside `shard_map` varying over the mesh axes that the points vary over.
+    open_ = points[..., 0] == points[..., 0]
     state = (jnp.uint32(1), open_, jnp.zeros_like(open_))
     _, _, copy = jax.lax.while_loop(lambda state: state[1].any(), settle, state)
     return copy.reshape(*leading, m)

@@ -11,6 +11,7 @@ from hyperlayer_jax.sampling import duplicate_mask
 from hyperlayer_jax.tensors import contract
 from hyperlayer_jax.types import RowSparseTensor, compute_dtype
 
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SoftSort:
@@ -37,10 +38,11 @@ def soft_quicksort(
     certainty: float,
     proposal: str = "local",
 ) -> SoftSort:
-    """Sorts items by ascending score, softly enough to learn the scores (section 3.3 of the paper).
+    """Sorts items by ascending score, softly enough to learn the scores.
 
     Quicksort with exact halves: at each level, every bucket is split around its median score, the
-    pivot. An item goes up with probability sigmoid(certainty * (score - pivot)). Candidates are
+    pivot (equations 10 and 11 of docs/method.md). An item goes up with probability
+    sigmoid(certainty * (score - pivot)). Candidates are
     the split by score and `num_samples` random ones, copies counted once; each is a permutation
     (the lower half before the upper half, in both the order that they had), weighted by its
     probability among the candidates of its bucket. Their weighted sum is applied to the items
@@ -125,7 +127,9 @@ def _split(noise, scores, start, next_start, certainty, proposal):
     log_odds = (scores - pivot[..., bucket]) * certainty
 
     fixed = jax.lax.stop_gradient(scores)[..., None, :]
-    drawn = noise if proposal == "uniform" else noise + jax.lax.stop_gradient(log_odds)[..., None, :]
+    drawn = (
+        noise if proposal == "uniform" else noise + jax.lax.stop_gradient(log_odds)[..., None, :]
+    )
     split = order(jnp.concatenate([fixed, drawn], axis=-2))
     # Both halves of a candidate keep the order that its items had.
     source = jnp.sort(split + _align(half * size, split), axis=-1) % size

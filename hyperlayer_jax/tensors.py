@@ -13,11 +13,11 @@ from hyperlayer_jax.types import RowSparseTensor, SparseTensor, compute_dtype
 def contract(
     tensor: SparseTensor | RowSparseTensor, x: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
-    """Multiplies a sparse tensor by an input, summing over the input's axes (equation 1).
+    """Multiplies a sparse tensor by an input, summing over the axes of the input.
 
-    y[*B, o, *D] = sum over the stored entries (o, i) of value * x[*B, i, *D]. A
-    `RowSparseTensor` is a gather and a reduction; a `SparseTensor` adds its entries up in
-    unordered rows. Nothing of the dense size is formed. Gradients reach values and x.
+    y[*B, o, *D] = sum over the stored entries (o, i) of value * x[*B, i, *D] (equation 1 of
+    docs/method.md). A `RowSparseTensor` is a gather and a reduction; a `SparseTensor` adds its
+    entries up in unordered rows. Nothing of the dense size is formed. Gradients reach values and x.
 
     Args:
       tensor: the sparse tensor, with leading axes *B. Its indices lie inside its shapes.
@@ -110,7 +110,7 @@ def transpose(tensor: SparseTensor | RowSparseTensor) -> SparseTensor:
 def sparse_softmax(
     tensor: SparseTensor | RowSparseTensor,
 ) -> SparseTensor | RowSparseTensor:
-    """Softmax over the stored entries of every output row, entries taken as they are stored.
+    """Softmax over the stored entries of every output row (equation 9 of docs/method.md).
 
     Args:
       tensor: its values are logits; -inf masks an entry.

@@ -1,4 +1,4 @@
-"""From raw network outputs to bounded means and positive sigmas (section 2 of the paper)."""
+"""From raw network outputs to bounded means and positive sigmas."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from hyperlayer_jax import checks
 
 
 def transform_means(raw: jax.Array, shape: Sequence[int], *, method: str = "sigmoid") -> jax.Array:
-    """Maps unbounded numbers into the index space, axis by axis.
+    """Maps unbounded numbers into the index space, axis by axis (equation 2 of docs/method.md).
 
     Args:
       raw: float [*B, k, r], any finite values.
@@ -40,8 +40,8 @@ def transform_sigmas(
 ) -> jax.Array:
     """Maps one unbounded number per tuple to standard deviations, in proportion to each axis.
 
-    softplus(raw) * scale * s + minimum for an axis of length s: a raw 0 is about 0.07 of the axis
-    at the default scale.
+    softplus(raw) * scale * s + minimum for an axis of length s (equation 3 of docs/method.md): a
+    raw 0 is about 0.07 of the axis at the default scale.
 
     Args:
       raw: float [*B, k], any finite values.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IndexTuples:
-    """Index tuples as a hypernetwork emits them (section 2 of the paper).
+    """Index tuples as a hypernetwork emits them.
 
     Attributes:
       means: float [*B, k, r], points in the index space, one coordinate per learned column, in

@@ -1,5 +1,23 @@
-"""Sparse products on raw arrays, with one meaning in plain JAX and faster kernels where proven."""
+"""Sparse operations on raw arrays: one meaning in plain JAX, faster kernels where proven."""
 
-from .api import ell_sddmm, ell_spmm, ell_spmm_transposed, sddmm, spmm
+from .api import (
+    block_attention,
+    ell_sddmm,
+    ell_spmm,
+    ell_spmm_transposed,
+    gathered_attention,
+    redistribute,
+    sddmm,
+    spmm,
+)
 
-__all__ = ["ell_sddmm", "ell_spmm", "ell_spmm_transposed", "sddmm", "spmm"]
+__all__ = [
+    "block_attention",
+    "ell_sddmm",
+    "ell_spmm",
+    "ell_spmm_transposed",
+    "gathered_attention",
+    "redistribute",
+    "sddmm",
+    "spmm",
+]

@@ -8,12 +8,23 @@ Sparse matrices come as entries, in one of two layouts, with any number of leadi
 Copies of an entry add up. An entry outside the matrix is absent: it contributes 0, its gradient
 is 0, and nothing is read or written out of bounds. Each layout has one form, trilinear in values,
 left and right operand, and its operations are the partial derivatives of that form; so each is the
-gradient of the others, to any order of reverse-mode differentiation.
+gradient of the others, to any order of reverse-mode differentiation. `redistribute` and the two
+attentions are differentiable once.
 
-`implementation=None` picks a backend at trace time; a name forces that backend.
+`implementation=None` picks a backend at trace time; a name forces that backend. Where a forced
+kernel is lowered for a CPU it runs in the interpret mode of Pallas; `None` runs plain JAX there.
+
+To add a backend:
+
+1. Write `<name>.py` beside `xla.py`: any of its functions, under their names and signatures, with a
+   keyword `interpret`, for operands of exactly one batch axis and no empty axis; and
+   `lacks(operation, *operands, **sizes)`: why it cannot serve these, in words, or "".
+2. List the name in `_BACKENDS`. A name forces it from then on.
+3. List in `_FASTER` where it is measured to be faster, for `implementation=None`.
 """
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -21,28 +32,96 @@ import numpy as np
 
 from . import xla
 
-_BACKENDS = {"xla": xla}
-_POSITIONS = ("indices", "rows", "cols")
+_BACKENDS = ("xla",)
+# What `implementation=None` takes: for (platform, operation), pairs of a backend and a predicate of
+# the operands. The first whose predicate holds, and which lacks nothing, serves; else "xla".
+_FASTER = {}
+
+_POSITIONS = ("indices", "block_indices", "rows", "cols", "points")
 _FLOATS = ("bfloat16", "float32", "float64")
+# Below this sigma, in indices, a Gaussian is a point; and beyond this coordinate there is no index.
+# Together they keep squared distances, and their products with 1 / sigma^2, inside float32.
+_MIN_SIGMA = 1e-5
+_MAX_COORDINATE = 2.0**32
 
 
-def _choose(implementation):
-    """The module that serves `implementation`."""
+def _lacks(name, operation, operands, sizes):
+    """Why backend `name` cannot serve `operation` on these operands; empty where it can."""
+    module = _module(name)
+    if module is xla:
+        return ""
+    if not hasattr(module, operation):
+        return f"there is no {operation}"
+    return module.lacks(operation, *operands, **sizes)
+
+
+def _module(name):
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def _choose(implementation, operation, operands, sizes):
+    """The name of the backend to serve `operation`; the operands have exactly one batch axis."""
     if implementation is None:
-        return xla
-    if implementation not in _BACKENDS:
-        names = ", ".join(map(repr, _BACKENDS))
-        raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
-    return _BACKENDS[implementation]
+        for name, faster in _FASTER.get((jax.default_backend(), operation), ()):
+            if faster(*operands, **sizes) and not _lacks(name, operation, operands, sizes):
+                return name
+        return "xla"
+    if lacks := _lacks(implementation, operation, operands, sizes):
+        raise NotImplementedError(f"implementation: got {implementation!r}, but {lacks}")
+    return implementation
+
+
+def _run(implementation, operation, leading, results, *operands, **sizes):
+    """Runs an operation on the backend that serves it; empty sums are 0.
+
+    Args:
+      implementation: a backend by name, or None to choose.
+      operation: the name of a function of `xla`.
+      leading: the number of batch axes *B.
+      results: the shapes [*B,...] and dtypes of what it returns, a pytree.
+      *operands: arrays [*B,...].
+      **sizes: its static keywords.
+
+    Returns:
+      Arrays like `results`.
+    """
+    if any(0 in x.shape for x in (*operands, *jax.tree.leaves(results))):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+    flat = [x.reshape(-1, *x.shape[leading:]) for x in operands]
+    name = _choose(implementation, operation, flat, sizes)
+    plain = functools.partial(getattr(xla, operation), **sizes)
+    if name == "xla":
+        return plain(*operands)
+    kernel = functools.partial(getattr(_module(name), operation), **sizes)
+    on_cpu = plain if implementation is None else functools.partial(kernel, interpret=True)
+    on_device = functools.partial(kernel, interpret=False)
+
+    @jax.custom_batching.custom_vmap
+    def serve(*operands):
+        return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=on_device)
+
+    @serve.def_vmap
+    def _(size, mapped, *operands):
+        operands = [
+            x if own else jnp.broadcast_to(x, (size, *x.shape))
+            for x, own in zip(operands, mapped, strict=True)
+        ]
+        out = serve(*(x.reshape(-1, *x.shape[2:]) for x in operands))
+        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), serve(*flat), results)
 
 
 def _check(implementation, **arguments):
     """Raise a ValueError unless shapes and dtypes agree; return the arguments as arrays.
 
-    Each argument is (array, axes): one letter for each trailing axis, equal letters equal sizes.
-    Positions (`indices`, `rows`, `cols`) are int32; all other arguments share one float dtype.
+    Each argument is (array, axes): a name for each trailing axis, equal names equal sizes.
+    Positions are int32, `where` is bool; all other arguments share one float dtype.
     """
-    _choose(implementation)
+    if implementation not in (None, *_BACKENDS):
+        names = ", ".join(map(repr, _BACKENDS))
+        raise ValueError(f"implementation: got {implementation!r}, want None or one of {names}")
     arrays = [jnp.asarray(array) for array, _ in arguments.values()]
     sizes, batch, dtype = {}, None, None
     for array, (name, (_, axes)) in zip(arrays, arguments.items(), strict=True):
@@ -52,18 +131,19 @@ def _check(implementation, **arguments):
             sizes.setdefault(axis, size) for axis, size in zip(axes, trailing, strict=False)
         )
         if array.ndim < len(axes) or lead != batch or trailing != expected:
-            wanted = ", ".join(f"{axis}={sizes[axis]}" for axis in axes if axis in sizes)
+            known = "".join(f", {axis} = {sizes[axis]}" for axis in axes if axis in sizes)
             raise ValueError(
-                f"{name} must have shape [*B,{','.join(axes)}] with *B={batch}, {wanted}; "
-                f"got {array.shape}"
+                f"{name}: got shape {array.shape}, want [*B,{','.join(axes)}] with "
+                f"*B = {batch}{known}"
             )
-        if name in _POSITIONS:
-            if array.dtype != jnp.int32:
-                raise ValueError(f"{name} must be int32, got {array.dtype}")
+        if name in _POSITIONS or name == "where":
+            want = "bool" if name == "where" else "int32"
+            if array.dtype != want:
+                raise ValueError(f"{name}: got {array.dtype}, want {want}")
         elif array.dtype.name not in _FLOATS:
-            raise ValueError(f"{name} must be one of {', '.join(_FLOATS)}; got {array.dtype}")
+            raise ValueError(f"{name}: got {array.dtype}, want one of {', '.join(_FLOATS)}")
         elif array.dtype != (dtype := dtype or array.dtype):
-            raise ValueError(f"{name} must be {dtype} like the others, got {array.dtype}")
+            raise ValueError(f"{name}: got {array.dtype}, want {dtype} like the others")
     return _vary_alike(arrays)
 
 
@@ -80,9 +160,9 @@ def _vary_alike(arrays):
     ]
 
 
-def _check_size(name, size):
-    if not isinstance(size, int | np.integer) or size < 0:
-        raise ValueError(f"{name} must be a static integer of at least 0, got {size!r}")
+def _check_size(name, size, minimum=0):
+    if not isinstance(size, int | np.integer) or size < minimum:
+        raise ValueError(f"{name}: got {size!r}, want a static integer of at least {minimum}")
     return int(size)
 
 
@@ -199,17 +279,140 @@ def sddmm(rows, cols, lhs, rhs, *, implementation=None):
     return _sddmm(implementation, *arrays)
 
 
-def _run(operation, like, shape, *operands, **sizes):
-    """`operation` on operands of which none is empty, else the zeros of an empty sum."""
-    if all(operand.size for operand in operands) and 0 not in shape:
-        return operation(*operands, **sizes)
-    return jnp.zeros(shape, like.dtype)
+def redistribute(points, means, sigmas, values, where, *, implementation=None):
+    """Spreads the value of each tuple over the points, in proportion to its Gaussian density.
+
+    out[i] = sum over j of values[j] softmax_i(-|(points[i] - means[j]) / sigmas[j]|^2 / 2), over
+    the points that `where` allows. Densities are taken relative to the densest point, so nothing
+    overflows; a tuple without an allowed point adds nothing. No array of size m x k is formed
+    where m and k are large.
+
+    Args:
+      points: int32 [*B,m,r], r >= 1. Copies are points of their own.
+      means: float [*B,k,r], taken to lie within 2^32 of 0.
+      sigmas: float [*B,k,r], of the dtype of `means`; below 1e-5 they count as 1e-5.
+      values: float [*B,k], of the dtype of `means`.
+      where: bool [*B,m].
+      implementation: backend by name, or None to choose.
+
+    Returns:
+      [*B,m], of the dtype of `values`; 0 where `where` is False.
+
+    Raises:
+      ValueError: on a shape, dtype or implementation other than these.
+    """
+    points, means, sigmas, values, where = _check(
+        implementation,
+        points=(points, "mr"),
+        means=(means, "kr"),
+        sigmas=(sigmas, "kr"),
+        values=(values, "k"),
+        where=(where, "m"),
+    )
+    _check_axis("points", points, "r")
+    dtype = xla.accumulator(values.dtype)
+    means = jnp.clip(means.astype(dtype), -_MAX_COORDINATE, _MAX_COORDINATE)
+    sigmas = jnp.maximum(sigmas.astype(dtype), _MIN_SIGMA)
+    out = _redistribute(implementation, points, means, sigmas, values.astype(dtype), where)
+    return out.astype(values.dtype)
+
+
+def gathered_attention(q, k, v, indices, log_weights, *, implementation=None):
+    """Attention of each query over its own p keys, those at `indices`.
+
+    out[i] = sum over a of softmax_a(q[i] . k[indices[i, a]] + log_weights[i, a]) v[indices[i, a]].
+    Entries at the same key are entries of their own: their weights add up. A log weight of -inf
+    or an index outside [0, s) makes an entry absent; a query without entries gets 0. Gradients are
+    finite in every case.
+
+    Args:
+      q: float [*B,t,d], d >= 1, already scaled.
+      k: float [*B,s,d], of the dtype of `q`.
+      v: float [*B,s,dv], of the dtype of `q`.
+      indices: int32 [*B,t,p].
+      log_weights: float [*B,t,p], of the dtype of `q`.
+      implementation: backend by name, or None to choose.
+
+    Returns:
+      [*B,t,dv], of the dtype of `q`. The softmax is made in float32 at least.
+
+    Raises:
+      ValueError: on a shape, dtype or implementation other than these.
+    """
+    arrays = _check(
+        implementation,
+        q=(q, "td"),
+        k=(k, "sd"),
+        v=(v, ("s", "dv")),
+        indices=(indices, "tp"),
+        log_weights=(log_weights, "tp"),
+    )
+    _check_axis("q", arrays[0], "d")
+    return _attention("gathered_attention", implementation, (), *arrays)
+
+
+def block_attention(q, k, v, block_indices, log_weights, *, block, causal, implementation=None):
+    """Attention of each block of queries over its own p blocks of keys, those at `block_indices`.
+
+    Query block i consists of the queries [i * block, (i + 1) * block), key block j likewise. All
+    queries of block i see all keys of block j = block_indices[i, a], with log_weights[i, a] added
+    to their logits; if `causal`, only the keys at or before the position of the query: those of
+    earlier blocks and, in the block where j = i, the lower triangle. Entries at the same block are
+    entries of their own: their weights add up. A log weight of -inf or an index outside
+    [0, s / block) makes an entry absent; a query without keys gets 0. Gradients are finite in
+    every case.
+
+    Args:
+      q: float [*B,t,d], d >= 1, already scaled; t a multiple of `block`.
+      k: float [*B,s,d], of the dtype of `q`; s a multiple of `block`.
+      v: float [*B,s,dv], of the dtype of `q`.
+      block_indices: int32 [*B,t/block,p].
+      log_weights: float [*B,t/block,p], of the dtype of `q`.
+      block: queries and keys in a block, a static integer of at least 1.
+      causal: whether a query sees no key of a later position.
+      implementation: backend by name, or None to choose.
+
+    Returns:
+      [*B,t,dv], of the dtype of `q`. The softmax is made in float32 at least.
+
+    Raises:
+      ValueError: on a shape, dtype, size or implementation other than these.
+    """
+    arrays = _check(
+        implementation,
+        q=(q, "td"),
+        k=(k, "sd"),
+        v=(v, ("s", "dv")),
+        block_indices=(block_indices, ("t/block", "p")),
+        log_weights=(log_weights, ("t/block", "p")),
+    )
+    _check_axis("q", arrays[0], "d")
+    block = _check_size("block", block, minimum=1)
+    t, s, rows = (x.shape[-2] for x in (arrays[0], arrays[1], arrays[3]))
+    if t != rows * block or s % block:
+        raise ValueError(
+            f"block: got {block} for {t} queries in {rows} blocks and {s} keys, "
+            f"want t = blocks * block and s a multiple of block"
+        )
+    sizes = (("block", block), ("causal", bool(causal)))
+    return _attention("block_attention", implementation, sizes, *arrays)
+
+
+def _check_axis(name, array, axis):
+    """The last axis of `array`, called `axis`, must not be empty."""
+    if array.shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {array.shape}, want {axis} >= 1")
+
+
+def _result(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ell_spmm(implementation, indices, values, dense):
-    shape = (*indices.shape[:-1], dense.shape[-1])
-    return _run(_choose(implementation).ell_spmm, dense, shape, indices, values, dense)
+    *batch, i, _ = indices.shape
+    result = _result(dense.dtype, *batch, i, dense.shape[-1])
+    return _run(implementation, "ell_spmm", len(batch), result, indices, values, dense)
 
 
 def _ell_spmm_bwd(implementation, residuals, grad):
@@ -224,9 +427,17 @@ def _ell_spmm_bwd(implementation, residuals, grad):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ell_spmm_transposed(implementation, num_cols, indices, values, dense):
-    shape = (*indices.shape[:-2], num_cols, dense.shape[-1])
-    operation = _choose(implementation).ell_spmm_transposed
-    return _run(operation, dense, shape, indices, values, dense, num_cols=num_cols)
+    *batch, _, d = dense.shape
+    return _run(
+        implementation,
+        "ell_spmm_transposed",
+        len(batch),
+        _result(dense.dtype, *batch, num_cols, d),
+        indices,
+        values,
+        dense,
+        num_cols=num_cols,
+    )
 
 
 def _ell_spmm_transposed_bwd(implementation, _, residuals, grad):
@@ -240,7 +451,8 @@ def _ell_spmm_transposed_bwd(implementation, _, residuals, grad):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ell_sddmm(implementation, indices, lhs, rhs):
-    return _run(_choose(implementation).ell_sddmm, lhs, indices.shape, indices, lhs, rhs)
+    result = _result(lhs.dtype, *indices.shape)
+    return _run(implementation, "ell_sddmm", indices.ndim - 2, result, indices, lhs, rhs)
 
 
 def _ell_sddmm_bwd(implementation, residuals, grad):
@@ -254,10 +466,19 @@ def _ell_sddmm_bwd(implementation, residuals, grad):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _spmm(implementation, num_rows, rows, cols, values, dense):  # noqa: PLR0917
-    shape = (*rows.shape[:-1], num_rows, dense.shape[-1])
-    operation = _choose(implementation).spmm
-    return _run(operation, dense, shape, rows, cols, values, dense, num_rows=num_rows)
+def _spmm(implementation, num_rows, rows, cols, values, dense):
+    *batch, _ = rows.shape
+    return _run(
+        implementation,
+        "spmm",
+        len(batch),
+        _result(dense.dtype, *batch, num_rows, dense.shape[-1]),
+        rows,
+        cols,
+        values,
+        dense,
+        num_rows=num_rows,
+    )
 
 
 def _spmm_bwd(implementation, _, residuals, grad):
@@ -272,7 +493,8 @@ def _spmm_bwd(implementation, _, residuals, grad):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sddmm(implementation, rows, cols, lhs, rhs):
-    return _run(_choose(implementation).sddmm, lhs, rows.shape, rows, cols, lhs, rhs)
+    result = _result(lhs.dtype, *rows.shape)
+    return _run(implementation, "sddmm", rows.ndim - 1, result, rows, cols, lhs, rhs)
 
 
 def _sddmm_bwd(implementation, residuals, grad):
@@ -285,8 +507,23 @@ def _sddmm_bwd(implementation, residuals, grad):
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _redistribute(implementation, points, means, sigmas, values, where):
+    operands = (points, means, sigmas, values, where)
+    result = _result(values.dtype, *where.shape)
+    return _run(implementation, "redistribute", where.ndim - 1, result, *operands)
+
+
+def _redistribute_bwd(implementation, residuals, grad):
+    _, means, sigmas, values, _ = residuals
+    results = (means, sigmas, values)
+    leading = grad.ndim - 1
+    grads = _run(implementation, "redistribute_grad", leading, results, *residuals, grad)
+    return None, *grads, None
+
+
 def _define_gradient(operation, backward):
-    """Operands are the residuals: each operation is linear in every operand it differentiates."""
+    """The operands are the residuals."""
     skip = len(operation.nondiff_argnums)
     operation.defvjp(lambda *args: (operation(*args), args[skip:]), backward)
 
@@ -296,3 +533,39 @@ _define_gradient(_ell_spmm_transposed, _ell_spmm_transposed_bwd)
 _define_gradient(_ell_sddmm, _ell_sddmm_bwd)
 _define_gradient(_spmm, _spmm_bwd)
 _define_gradient(_sddmm, _sddmm_bwd)
+_define_gradient(_redistribute, _redistribute_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(operation, implementation, sizes, *operands):
+    return _attention_fwd(operation, implementation, sizes, *operands)[0]
+
+
+def _attention_fwd(operation, implementation, sizes, *operands):
+    q, _, v, *_ = operands
+    *batch, t, _ = q.shape
+    results = (
+        _result(q.dtype, *batch, t, v.shape[-1]),
+        _result(xla.accumulator(q.dtype), *batch, t),
+    )
+    out, log_sum_exp = _run(
+        implementation, operation, len(batch), results, *operands, **dict(sizes)
+    )
+    return out, (*operands, out, log_sum_exp)
+
+
+def _attention_bwd(operation, implementation, sizes, residuals, grad):
+    q, k, v, _, log_weights, *_ = residuals
+    dq, dk, dv, dlog_weights = _run(
+        implementation,
+        f"{operation}_grad",
+        q.ndim - 2,
+        (q, k, v, log_weights),
+        *residuals,
+        grad,
+        **dict(sizes),
+    )
+    return dq, dk, dv, None, dlog_weights
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)

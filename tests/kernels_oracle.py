@@ -28,3 +28,44 @@ def ell_entries(indices):
     *batch, i, p = indices.shape
     rows = np.broadcast_to(np.arange(i)[:, None], indices.shape)
     return rows.reshape(*batch, i * p), indices.reshape(*batch, i * p)
+
+
+def redistribute(points, means, sigmas, values, where):
+    points, means, sigmas, values = (
+        np.asarray(a, np.float64) for a in (points, means, sigmas, values)
+    )
+    out = np.zeros(where.shape)
+    for *batch, j in np.ndindex(values.shape):
+        b = tuple(batch)
+        distances = (points[b][where[b]] - means[b][j]) / sigmas[b][j]
+        logits = -(distances**2).sum(-1) / 2
+        if logits.size:
+            shares = np.exp(logits - logits.max())
+            out[b][where[b]] += values[b][j] * shares / shares.sum()
+    return out
+
+
+def gathered_attention(q, k, v, indices, log_weights):
+    q, k, v, log_weights = (np.asarray(a, np.float64) for a in (q, k, v, log_weights))
+    out = np.zeros((*q.shape[:-1], v.shape[-1]))
+    for *batch, i in np.ndindex(q.shape[:-1]):
+        b = tuple(batch)
+        present = (indices[b][i] >= 0) & (indices[b][i] < k.shape[-2])
+        present &= log_weights[b][i] > -np.inf
+        keys = indices[b][i][present]
+        logits = k[b][keys] @ q[b][i] + log_weights[b][i][present]
+        if logits.size:
+            weights = np.exp(logits - logits.max())
+            out[b][i] = weights @ v[b][keys] / weights.sum()
+    return out
+
+
+def block_attention(q, k, v, block_indices, log_weights, block, causal):
+    """Every key of a block as an entry of its own, of every query of the row."""
+    keys = np.repeat(block_indices * block, block, axis=-1)
+    keys = np.repeat(keys + np.tile(np.arange(block), block_indices.shape[-1]), block, axis=-2)
+    log_weights = np.repeat(np.repeat(log_weights, block, axis=-1), block, axis=-2)
+    if causal:
+        later = keys > np.arange(q.shape[-2])[:, None]
+        log_weights = np.where(later, -np.inf, log_weights)
+    return gathered_attention(q, k, v, keys, log_weights)

@@ -1,6 +1,6 @@
 """The method in NumPy float64, written from the paper with loops and dense arrays.
 
-Nothing here is shared with the library: section numbers are those of arXiv 1810.09184.
+Nothing here is shared with the library. Equations: docs/method.md.
 """
 
 import itertools
@@ -58,7 +58,7 @@ def contract(indices, values, x, out_shape, in_shape):
 
 
 def split_probability(scores, upper, certainty):
-    """The chance that a bucket of `scores` [n] is split so that items `upper` go up (section 3.3)."""
+    """The chance that a bucket of `scores` [n] is split so that items `upper` go up."""
     pivot = np.median(scores)
     up = 1 / (1 + np.exp(-certainty * (np.asarray(scores, np.float64) - pivot)))
     return np.prod([up[i] if i in upper else 1 - up[i] for i in range(len(scores))])

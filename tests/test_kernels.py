@@ -1,4 +1,8 @@
-"""Laws of the sparse products, against a float64 oracle written entry by entry."""
+"""Laws of the kernels, against a float64 oracle written entry by entry."""
+
+import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +13,22 @@ from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 
 from hyperlayer_jax import kernels
+from hyperlayer_jax.kernels import api, xla
 
-OPERATIONS = ("ell_spmm", "ell_spmm_transposed", "ell_sddmm", "spmm", "sddmm")
+PRODUCTS = ("ell_spmm", "ell_spmm_transposed", "ell_sddmm", "spmm", "sddmm")
+ATTENTIONS = ("gathered_attention", "block_attention", "causal_block_attention")
+OPERATIONS = (*PRODUCTS, "redistribute", *ATTENTIONS)
+# The operations of each backend. Kernels run interpreted where there is no device for them.
+SERVED = [("xla", name) for name in OPERATIONS] + [(None, "ell_spmm"), (None, "block_attention")]
+contract = pytest.mark.parametrize("implementation, name", SERVED)
+operations = pytest.mark.parametrize("name", OPERATIONS)
+
+BLOCK = 2
 
 
 def example(name, batch=(2,), *, i=5, j=7, p=3, n=11, d=4, dtype=jnp.float32):
-    """(function of the float operands, positions, float operands, oracle) of one operation.
-
-    Positions run from 2 below their axis to 2 beyond it, and repeat.
+    """(function, positions, floats, oracle) of one operation: function(positions, floats) is
+    compared with oracle(*floats). Positions run from 2 below their axis to 2 beyond it, and repeat.
     """
     rng = np.random.default_rng(0)
 
@@ -26,42 +38,83 @@ def example(name, batch=(2,), *, i=5, j=7, p=3, n=11, d=4, dtype=jnp.float32):
     def operand(*shape):
         return jnp.asarray(rng.standard_normal((*batch, *shape)), dtype)
 
-    if name.startswith("ell"):
-        positions = (position(j, i, p),)
-        rows, cols = oracle.ell_entries(np.asarray(positions[0]))
-        values_shape = (i, p)
+    sizes = {}
+    if name == "redistribute":
+        positions = (position(j, n, 2), jnp.asarray(rng.random((*batch, n)) < 0.8))
+        floats = (operand(p, 2) + j // 2, jnp.exp(operand(p, 2) / 2), operand(p))
+
+        def call(points, where, *floats, **options):
+            return kernels.redistribute(points, *floats, where, **options)
+
+        def expected(*floats):
+            return oracle.redistribute(positions[0], *floats, np.asarray(positions[1]))
+
+    elif name in ATTENTIONS:
+        by_block = name != "gathered_attention"
+        rows, block = i, BLOCK if by_block else 1
+        positions = (position(j, rows, p),)
+        log_weights = jnp.where(rng.random((*batch, rows, p)) < 0.2, -jnp.inf, operand(rows, p))
+        floats = (
+            operand(rows * block, d + 1),
+            operand(j * block, d + 1),
+            operand(j * block, d),
+            log_weights,
+        )
+        sizes = {"block": block, "causal": name.startswith("causal")} if by_block else {}
+        operation = kernels.block_attention if by_block else kernels.gathered_attention
+
+        def call(indices, q, k, v, log_weights, **options):
+            return operation(q, k, v, indices, log_weights, **options)
+
+        def expected(q, k, v, log_weights):
+            reference = oracle.block_attention if by_block else oracle.gathered_attention
+            return reference(q, k, v, np.asarray(positions[0]), log_weights, **sizes)
+
     else:
-        positions = (position(i, n), position(j, n))
-        rows, cols = map(np.asarray, positions)
-        values_shape = (n,)
-    values, left, right = operand(*values_shape), operand(i, d), operand(j, d)
+        call = getattr(kernels, name)
+        by_row = name.startswith("ell")
+        positions = (position(j, i, p),) if by_row else (position(i, n), position(j, n))
+        rows, cols = oracle.ell_entries(positions[0]) if by_row else positions
+        rows, cols = np.asarray(rows), np.asarray(cols)
+        entries = positions[0].shape[len(batch) :]
+        values, left, right = operand(*entries), operand(i, d), operand(j, d)
 
-    def flat(values):
-        return np.asarray(values, np.float64).reshape(rows.shape)
+        def flat(values):
+            return np.asarray(values, np.float64).reshape(rows.shape)
 
-    operation = getattr(kernels, name)
-    if name.endswith("sddmm"):
-        floats = (left, right)
+        if name.endswith("sddmm"):
+            floats = (left, right)
 
-        def expected(left, right):
-            return oracle.sddmm(rows, cols, left, right).reshape(*batch, *values_shape)
-    elif name == "ell_spmm_transposed":
-        floats = (values, left)
+            def expected(left, right):
+                return oracle.sddmm(rows, cols, left, right).reshape(*batch, *entries)
 
-        def expected(values, left):
-            return oracle.spmm(cols, rows, flat(values), left, j)
-    else:
-        floats = (values, right)
+        elif name == "ell_spmm_transposed":
+            floats, sizes = (values, left), {"num_cols": j}
 
-        def expected(values, right):
-            return oracle.spmm(rows, cols, flat(values), right, i)
+            def expected(values, left):
+                return oracle.spmm(cols, rows, flat(values), left, j)
 
-    sizes = {"ell_spmm_transposed": {"num_cols": j}, "spmm": {"num_rows": i}}.get(name, {})
+        else:
+            floats, sizes = (values, right), {} if by_row else {"num_rows": i}
+
+            def expected(values, right):
+                return oracle.spmm(rows, cols, flat(values), right, i)
 
     def function(positions, floats, **options):
-        return operation(*positions, *floats, **sizes, **options)
+        return call(*positions, *floats, **sizes, **options)
 
     return function, positions, floats, expected
+
+
+def value_and_vjp(function, positions, floats, cotangent=None, **options):
+    """The result and its gradients for `cotangent`, by default the result itself, jitted."""
+
+    @jax.jit
+    def run(positions, floats, cotangent):
+        out, vjp = jax.vjp(lambda f: function(positions, f, **options), floats)
+        return out, vjp(out if cotangent is None else cotangent)[0]
+
+    return run(positions, floats, cotangent)
 
 
 def assert_close(actual, expected, dtype=jnp.float32):
@@ -71,180 +124,325 @@ def assert_close(actual, expected, dtype=jnp.float32):
     )
 
 
-@pytest.mark.parametrize("implementation", [None, "xla"])
-@pytest.mark.parametrize("batch", [(), (2,), (2, 1, 3)])
-@pytest.mark.parametrize("name", OPERATIONS)
+@contract
+@pytest.mark.parametrize("batch", [(), (2, 1, 3)])
 def test_agrees_with_the_oracle(name, batch, implementation):
     function, positions, floats, expected = example(name, batch)
-    actual = jax.jit(lambda *a: function(*a, implementation=implementation))(positions, floats)
+    run = jax.jit(lambda *args: function(*args, implementation=implementation))
+    actual = run(positions, floats)
     assert actual.dtype == jnp.float32
     assert_close(actual, expected(*floats))
 
 
+@pytest.mark.parametrize(
+    "implementation, name", [served for served in SERVED if served[0] != "xla"]
+)
+def test_gradients_agree_with_plain_jax(name, implementation):
+    function, positions, floats, _ = example(name)
+    _, gradients = value_and_vjp(function, positions, floats, implementation=implementation)
+    _, plain = value_and_vjp(function, positions, floats, implementation="xla")
+    for gradient, wanted in zip(gradients, plain, strict=True):
+        np.testing.assert_allclose(gradient, wanted, 1e-4, 1e-4)
+
+
+@contract
 @pytest.mark.parametrize("sizes", [{"p": 1, "n": 1, "d": 1}, {"p": 37, "n": 300, "d": 33}])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_any_number_of_entries_and_features(name, sizes):
-    function, positions, floats, expected = example(name, **sizes)
-    assert_close(function(positions, floats), expected(*floats))
+def test_any_number_of_entries_and_features(name, sizes, implementation):
+    function, positions, floats, expected = example(name, (), **sizes)
+    run = jax.jit(lambda *args: function(*args, implementation=implementation))
+    assert_close(run(positions, floats), expected(*floats))
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_bfloat16_accumulates_in_float32(name):
+@contract
+def test_bfloat16_accumulates_in_float32(name, implementation):
     function, positions, floats, expected = example(name, p=200, n=200, dtype=jnp.bfloat16)
-    actual = function(positions, floats)
+    actual, gradients = value_and_vjp(function, positions, floats, implementation=implementation)
     assert actual.dtype == jnp.bfloat16
+    assert [g.dtype for g in gradients] == [f.dtype for f in floats]
     expected = jnp.asarray(expected(*floats), jnp.bfloat16)
     np.testing.assert_allclose(
-        np.asarray(actual, np.float64), np.asarray(expected, np.float64), 2**-7, 1e-4
+        np.asarray(actual, np.float64), np.asarray(expected, np.float64), 2**-7, 1e-3
     )
 
 
-@pytest.mark.parametrize("batch", [(), (2,)])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_gradients_match_finite_differences(name, batch):
+@operations
+def test_gradients_match_finite_differences(name):
+    """To second order where an operation is a gradient of its like."""
     with jax.enable_x64(True):
-        function, positions, floats, expected = example(name, batch, dtype=jnp.float64)
+        function, positions, floats, expected = example(name, dtype=jnp.float64)
+        function = jax.jit(function)
         assert_close(function(positions, floats), expected(*floats), jnp.float64)
-        check_grads(lambda *f: function(positions, f), floats, order=2, modes=["rev"])
+        order = 2 if name in PRODUCTS else 1
+        check_grads(lambda *f: function(positions, f), floats, order=order, modes=["rev"])
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_gradient_is_the_transpose(name):
     """<g, f(u)> = <vjp(g), u> for each linear operand alone."""
     function, positions, floats, expected = example(name, dtype=jnp.bfloat16)
-    out, vjp = jax.vjp(lambda *f: function(positions, f), *floats)
-    for gradient, operand in zip(vjp(out), floats, strict=True):
-        assert gradient.dtype == operand.dtype
+    _, gradients = value_and_vjp(function, positions, floats)
+    for gradient, operand in zip(gradients, floats, strict=True):
         inner = np.vdot(*(np.asarray(a, np.float64) for a in (gradient, operand)))
         np.testing.assert_allclose(inner, np.sum(expected(*floats) ** 2), 3e-2)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@operations
 def test_positions_have_no_gradient(name):
     function, positions, floats, _ = example(name)
     gradient = jax.grad(lambda q: function(q, floats).sum(), allow_int=True)(positions)
     assert all(leaf.dtype == jax.dtypes.float0 for leaf in gradient)
 
 
-@pytest.mark.parametrize("shared", ["nothing", "positions", "first", "second"])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_vmap_and_grad_commute(name, shared):
+@contract
+@pytest.mark.parametrize("mapped", ["all", "first", "last"])
+def test_vmap_and_grad_commute(name, mapped, implementation):
     function, positions, floats, _ = example(name, (3, 2))
-    first, second = floats
-    axes = {"positions": 0, "first": 0, "second": 0} | {shared: None}
-    axes = (axes["positions"], axes["first"], axes["second"])
+    chosen = {"all": range(len(floats) + 1), "first": (1,), "last": (len(floats),)}[mapped]
+    axes = [0 if n in chosen else None for n in range(len(floats) + 1)]
     args = [
-        jax.tree.map(lambda a: a[0], arg) if axis is None else arg
-        for arg, axis in zip((positions, first, second), axes, strict=True)
+        jax.tree.map(lambda x, axis=axis: x[0] if axis is None else x, arg)
+        for axis, arg in zip(axes, (positions, *floats), strict=True)
     ]
 
-    def loss(positions, first, second):
-        return (function(positions, (first, second)) ** 2).sum()
+    def loss(positions, *floats):
+        return (function(positions, floats, implementation=implementation) ** 2).sum()
 
-    def stacked(fn, *args):
-        pick = [
-            lambda arg, k, axis=axis: jax.tree.map(lambda a: a if axis is None else a[k], arg)
-            for axis in axes
-        ]
-        results = [fn(*(p(a, k) for p, a in zip(pick, args, strict=True))) for k in range(3)]
-        return jax.tree.map(lambda *r: jnp.stack(r), *results)
+    each = jax.grad(loss, tuple(range(1, len(args))))
 
-    each = jax.grad(loss, (1, 2))
-    expected = stacked(each, *args)
-    for a, e in zip(jax.vmap(each, axes)(*args), expected, strict=True):
-        assert_close(a, e, jnp.float32)
-    summed = jax.grad(lambda *a: jax.vmap(loss, axes)(*a).sum(), (1, 2))(*args)
-    for a, e, axis in zip(summed, expected, axes[1:], strict=True):
-        np.testing.assert_allclose(a, e.sum(0) if axis is None else e, 1e-4, 1e-4)
+    @jax.jit
+    def all_ways(args):
+        def alone(n):
+            return each(
+                *(
+                    jax.tree.map(lambda x, axis=axis: x if axis is None else x[n], arg)
+                    for axis, arg in zip(axes, args, strict=True)
+                )
+            )
+
+        summed = jax.grad(lambda floats: jax.vmap(loss, axes)(args[0], *floats).sum())
+        return jax.lax.map(alone, jnp.arange(3)), jax.vmap(each, axes)(*args), summed(args[1:])
+
+    expected, mapped, summed = all_ways(args)
+    for e, a, s, axis in zip(expected, mapped, summed, axes[1:], strict=True):
+        np.testing.assert_allclose(a, e, 1e-4, 1e-4)
+        np.testing.assert_allclose(s, e.sum(0) if axis is None else e, 1e-4, 1e-4)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_absent_entries_read_nothing(name):
+@pytest.mark.parametrize(
+    "implementation, name", [served for served in SERVED if "redistribute" not in served]
+)
+def test_absent_entries_read_nothing(name, implementation):
     """A value that is not finite never leaks from a row that no entry selects."""
     function, positions, floats, _ = example(name)
     positions = tuple(jnp.full_like(p, s) for p, s in zip(positions, (-1, 2**31 - 1), strict=False))
     floats = tuple(jnp.full_like(f, jnp.nan) for f in floats)
-    out, vjp = jax.vjp(lambda *f: function(positions, f), *floats)
-    for array in (out, *vjp(jnp.full_like(out, jnp.nan))):
+    cotangent = jnp.full_like(jax.eval_shape(function, positions, floats), jnp.nan)
+    out, gradients = value_and_vjp(
+        function, positions, floats, cotangent, implementation=implementation
+    )
+    for array in (out, *gradients):
         np.testing.assert_array_equal(array, 0)
 
 
 @pytest.mark.parametrize(
+    "implementation, name", [served for served in SERVED if served[1] not in PRODUCTS]
+)
+def test_all_masked_is_zero_with_zero_gradient(name, implementation):
+    function, positions, floats, _ = example(name)
+    if name == "redistribute":
+        positions = positions[0], jnp.zeros_like(positions[1])
+    else:
+        floats = *floats[:-1], jnp.full_like(floats[-1], -jnp.inf)
+    cotangent = jnp.ones_like(jax.eval_shape(function, positions, floats))
+    out, gradients = value_and_vjp(
+        function, positions, floats, cotangent, implementation=implementation
+    )
+    for array in (out, *gradients):
+        np.testing.assert_array_equal(array, 0)
+
+
+@operations
+@pytest.mark.parametrize(
     "empty", [{"batch": (0,)}, *({axis: 0} for axis in "ijpnd")], ids=lambda e: next(iter(e))
 )
-@pytest.mark.parametrize("name", OPERATIONS)
 def test_empty_is_ordinary(name, empty):
     function, positions, floats, expected = example(name, **empty)
-    out, vjp = jax.vjp(lambda *f: function(positions, f), *floats)
+    out, gradients = value_and_vjp(function, positions, floats)
     assert_close(out, expected(*floats))
-    assert [g.shape for g in vjp(out)] == [f.shape for f in floats]
+    assert [g.shape for g in gradients] == [f.shape for f in floats]
 
 
-@pytest.mark.parametrize("replicated", [None, 0, 1])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_shard_map_shards_the_batch(name, replicated):
-    """Values and gradients agree, also where one operand is the same on every shard."""
+@pytest.mark.parametrize("sigma", [0.0, 1e-3, 1e30])
+def test_redistribute_is_finite_and_conserves(sigma):
+    function, (points, _), (means, sigmas, values), _ = example("redistribute", n=40)
+    means = means.at[..., 1].multiply(1e9)
+    floats = means, jnp.full_like(sigmas, sigma), values
+    allowed = jnp.ones(points.shape[:-1], bool)
+    out, gradients = value_and_vjp(function, (points, allowed), floats)
+    np.testing.assert_allclose(out.sum(-1), values.sum(-1), 1e-5, 1e-5)
+    assert all(jnp.isfinite(g).all() for g in gradients)
+
+
+def test_redistribute_walks_in_blocks_what_does_not_fit(monkeypatch):
+    function, positions, floats, expected = example("redistribute", p=10)
+    monkeypatch.setattr(xla, "_MAX_BLOCK", 2 * 11 * 3)
+    blocks, gradients = value_and_vjp(function, positions, floats)
+    assert_close(blocks, expected(*floats))
+    monkeypatch.undo()
+    _, whole = value_and_vjp(function, positions, floats)
+    for gradient, wanted in zip(gradients, whole, strict=True):
+        np.testing.assert_allclose(gradient, wanted, 1e-5, 1e-5)
+
+
+@contract
+def test_shard_map_shards_the_batch(name, implementation):
+    """Values and gradients agree, also of the first operand, the same on every shard."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     function, positions, floats, _ = example(name, (4,), p=20)
-    floats = [f[0] if k == replicated else f for k, f in enumerate(floats)]
+    floats = [floats[0][0], *floats[1:]]
+    split = [n > 0 for n in range(len(floats))]
 
     def batched(positions, *floats):
         return jax.vmap(
-            lambda q, *f: function(q, f),
-            (0, *(None if k == replicated else 0 for k in range(2))),
+            lambda q, *f: function(q, f, implementation=implementation),
+            (0, *(0 if own else None for own in split)),
         )(positions, *floats)
 
     def loss(fn):
-        return lambda floats: (fn(positions, *floats) ** 2).sum()
+        return jax.jit(jax.value_and_grad(lambda floats: (fn(positions, *floats) ** 2).sum()))
 
-    specs = [PartitionSpec() if k == replicated else PartitionSpec("data") for k in range(2)]
+    specs = [PartitionSpec("data") if own else PartitionSpec() for own in split]
     sharded = jax.shard_map(
         batched,
         mesh=mesh,
         in_specs=(PartitionSpec("data"), *specs),
         out_specs=PartitionSpec("data"),
     )
-    actual = jax.jit(jax.value_and_grad(loss(sharded)))(floats)
-    expected = jax.value_and_grad(loss(batched))(floats)
+    actual, expected = loss(sharded)(floats), loss(batched)(floats)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-4, 1e-4), actual, expected)
 
 
 def test_wrong_input_names_the_argument():
     indices, values = jnp.zeros((2, 5, 3), jnp.int32), jnp.zeros((2, 5, 3))
     dense = jnp.zeros((2, 7, 4))
-    entries = jnp.zeros((2, 11), jnp.int32)
+    entries, means = jnp.zeros((2, 11), jnp.int32), jnp.zeros((2, 3, 1))
     cases = {
-        r"values must have shape \[\*B,i,p\] with \*B=\(2,\), i=5, p=3; got \(2, 5, 4\)": (
+        r"values: got shape (2, 5, 4), want [*B,i,p] with *B = (2,), i = 5, p = 3": (
             lambda: kernels.ell_spmm(indices, jnp.zeros((2, 5, 4)), dense)
         ),
-        r"dense must have shape .* with \*B=\(2,\).*got \(3, 7, 4\)": (
+        "dense: got shape (3, 7, 4), want [*B,j,d] with *B = (2,), j = 7, d = 4": (
             lambda: kernels.ell_spmm(indices, values, jnp.zeros((3, 7, 4)))
         ),
-        r"indices must have shape .*got \(3,\)": (
+        "indices: got shape (3,), want [*B,i,p] with *B = (), i = 3": (
             lambda: kernels.ell_spmm(jnp.zeros(3, jnp.int32), values, dense)
         ),
-        "indices must be int32, got int16": (
+        "indices: got int16, want int32": (
             lambda: kernels.ell_sddmm(indices.astype(jnp.int16), values, dense)
         ),
-        "values must be one of bfloat16, float32, float64; got int32": (
+        "values: got int32, want one of bfloat16, float32, float64": (
             lambda: kernels.ell_spmm(indices, indices, dense)
         ),
-        "dense must be float32 like the others, got bfloat16": (
+        "dense: got bfloat16, want float32 like the others": (
             lambda: kernels.ell_spmm(indices, values, dense.astype(jnp.bfloat16))
         ),
-        r"cols must have shape .*got \(2, 12\)": (
+        "cols: got shape (2, 12), want [*B,n] with *B = (2,), n = 11": (
             lambda: kernels.sddmm(entries, jnp.zeros((2, 12), jnp.int32), dense, dense)
         ),
-        "num_rows must be a static integer of at least 0, got -1": (
+        "num_rows: got -1, want a static integer of at least 0": (
             lambda: kernels.spmm(entries, entries, jnp.zeros((2, 11)), dense, num_rows=-1)
         ),
-        "num_cols must be a static integer of at least 0, got 2.0": (
+        "num_cols: got 2.0, want a static integer of at least 0": (
             lambda: kernels.ell_spmm_transposed(indices, values, dense[:, :5], num_cols=2.0)
         ),
-        "implementation must be None or one of 'xla', got 'cusparse'": (
+        "implementation: got 'cusparse', want None or one of 'xla'": (
             lambda: kernels.ell_spmm(indices, values, dense, implementation="cusparse")
+        ),
+        "where: got float32, want bool": (
+            lambda: kernels.redistribute(
+                entries[..., None], means, means, values[:, 0], jnp.zeros((2, 11))
+            )
+        ),
+        "points: got shape (2, 11, 0), want r >= 1": (
+            lambda: kernels.redistribute(
+                jnp.zeros((2, 11, 0), jnp.int32),
+                means[..., :0],
+                means[..., :0],
+                values[:, 0],
+                entries > 0,
+            )
+        ),
+        "v: got shape (2, 5, 4), want [*B,s,dv] with *B = (2,), s = 7": (
+            lambda: kernels.gathered_attention(
+                jnp.zeros((2, 5, 4)), dense, jnp.zeros((2, 5, 4)), indices, values
+            )
+        ),
+        "q: got shape (2, 5, 0), want d >= 1": (
+            lambda: kernels.gathered_attention(
+                jnp.zeros((2, 5, 0)), dense[..., :0], dense, indices, values
+            )
+        ),
+        "block: got 3 for 15 queries in 5 blocks and 7 keys, want": (
+            lambda: kernels.block_attention(
+                jnp.zeros((2, 15, 4)), dense, dense, indices, values, block=3, causal=True
+            )
         ),
     }
     for message, call in cases.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=re.escape(message)):
             call()
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """A backend called "probe" that serves two operations, up to 8 features, and logs its calls."""
+
+    def serve(operation):
+        def function(*operands, interpret, **sizes):
+            assert all(x.ndim == r for x, r in zip(operands, (3, 3, 3), strict=True))
+            module.calls.append((operation, operands[0].shape, interpret))
+            return getattr(xla, operation)(*operands, **sizes)
+
+        return function
+
+    def lacks(operation, *operands, **sizes):
+        return "d = 9 is above 8" if operands[-1].shape[-1] > 8 else ""
+
+    module = types.ModuleType("probe")
+    module.calls, module.lacks = [], lacks
+    module.ell_spmm, module.ell_sddmm = serve("ell_spmm"), serve("ell_sddmm")
+    monkeypatch.setitem(sys.modules, "hyperlayer_jax.kernels.probe", module)
+    monkeypatch.setattr(api, "_BACKENDS", ("xla", "probe"))
+    return module
+
+
+def test_a_forced_backend_serves_or_says_what_it_lacks(backend):
+    function, positions, floats, expected = example("ell_spmm", (2, 3))
+    assert_close(function(positions, floats, implementation="probe"), expected(*floats))
+    assert backend.calls[0] == ("ell_spmm", (6, 5, 3), True)
+    with pytest.raises(NotImplementedError, match="got 'probe', but there is no ell_spmm_transp"):
+        jax.grad(lambda f: function(positions, f, implementation="probe").sum())(floats)
+    function, positions, floats, _ = example("ell_sddmm", d=9)
+    with pytest.raises(NotImplementedError, match="got 'probe', but d = 9 is above 8"):
+        function(positions, floats, implementation="probe")
+
+
+def test_a_backend_sees_one_batch_axis_under_vmap(backend):
+    function, positions, (values, dense), _ = example("ell_spmm", (3, 2))
+    force = lambda values: function(  # noqa: E731
+        (positions[0][0],), (values, dense[0]), implementation="probe"
+    )
+    shared = [jnp.broadcast_to(x[:1], x.shape) for x in (positions[0], dense)]
+    actual = jax.jit(jax.vmap(force))(values)
+    assert_close(actual, function((shared[0],), (values, shared[1])))
+    assert backend.calls[-1][1] == (6, 5, 3)
+
+
+def test_none_takes_what_is_listed_as_faster(backend, monkeypatch):
+    rows = (("probe", lambda indices, values, dense: dense.shape[-1] > 2),)
+    monkeypatch.setattr(api, "_FASTER", {(jax.default_backend(), "ell_spmm"): rows})
+    for d, served in ((2, False), (4, True), (9, False)):
+        backend.calls.clear()
+        function, positions, floats, expected = example("ell_spmm", d=d)
+        traced = jax.jit(lambda q, f, function=function: function(q, f)).trace(positions, floats)
+        assert bool(backend.calls) == served
+        assert_close(traced.lower().compile()(positions, floats), expected(*floats))

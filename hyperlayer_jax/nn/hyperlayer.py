@@ -17,8 +17,9 @@ from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
 class HyperLayer(nnx.Module):
     """Multiplies its input by a sparse tensor that a hypernetwork emits for that input.
 
-    y = W(x) x + b, where W [*out_shape, *in_shape] is only known by index tuples (section 2 of the
-    paper). In training, W is sampled around the means; deterministic, the means are rounded.
+    y = W(x) x + b, where W [*out_shape, *in_shape] is only known by index tuples (equation 1 of
+    docs/method.md). In training, W is sampled around the means; where deterministic, the means
+    are rounded.
 
     Three kinds of template decide which columns of W's index tuples are learned:
 
@@ -168,7 +169,9 @@ class FreeTuples(nnx.Module):
         """
         self.shape = checks.check_shape("shape", shape)
         size = (*chunks, num_tuples)
-        start = jax.random.uniform(rngs.params(), (*size, len(self.shape)), minval=0.02, maxval=0.98)
+        start = jax.random.uniform(
+            rngs.params(), (*size, len(self.shape)), minval=0.02, maxval=0.98
+        )
         self.means = nnx.Param(jnp.log(start) - jnp.log1p(-start))
         self.sigmas = nnx.Param(jnp.zeros(size))
         if values is None:

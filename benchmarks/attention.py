@@ -1,0 +1,114 @@
+"""Sparse attention against dense causal attention, and the length at which it overtakes it.
+
+`gathered` reads 32 keys for each query, `block` 16 blocks of 64 keys for each 64 queries (all
+blocks there are, where these are fewer). The heads are 64 wide: on a CPU 4 of float32, elsewhere 8
+of bfloat16. The difference is that of the last queries from dense attention over the same keys.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import Contender, compare, main, value_and_gradients
+from hyperlayer_jax import kernels
+
+_WIDTH, _POINTS, _BLOCK, _BLOCKS = 64, 32, 64, 16
+_CHECKED = 128
+# Dense attention in plain XLA holds [heads,t,t]; the sparse ones go on where it must stop.
+_MAX_DENSE = {"cpu": 4096, "gpu": 16384, "tpu": 16384}
+
+
+def cases() -> Iterator[dict[str, Any] | str]:
+    on_cpu = jax.default_backend() == "cpu"
+    heads, dtype = (4, jnp.float32) if on_cpu else (8, jnp.bfloat16)
+    ahead = {}
+    for length in (2**n for n in range(10, 14 if on_cpu else 18)):
+        q, k, v = jax.random.normal(jax.random.key(0), (3, heads, length, _WIDTH), dtype)
+        q = q * jnp.asarray(_WIDTH**-0.5, dtype)
+        for name in ("gathered", "block"):
+            for case in _compare(name, q, k, v):
+                yield case
+                faster = ahead.setdefault((case["name"].split(" t=")[0], case["rival"]), {})
+                if case["speedup"] is not None:
+                    faster[length] = case["speedup"] > 1
+    for (name, rival), faster in ahead.items():
+        behind = max((length for length, ours in faster.items() if not ours), default=0)
+        after = [length for length in faster if length > behind]
+        where = f"from t = {min(after)}" if after else f"nowhere up to t = {behind}"
+        yield f"{name}: faster than {rival} {where}"
+
+
+def _compare(name, q, k, v):
+    """Forward, then forward + backward in q, k, v (and the log weights)."""
+    heads, length, width = q.shape
+    indices = _indices(name, heads, length)
+    log_weights = jnp.zeros(indices.shape, q.dtype)
+    if name == "block":
+        ours = functools.partial(kernels.block_attention, block=_BLOCK, causal=True)
+        seen = indices.shape[-1] * _BLOCK
+    else:
+        ours, seen = kernels.gathered_attention, indices.shape[-1]
+
+    expected = _dense_rows(name, q, k, v, indices)
+
+    def difference(result):
+        out = result[0] if isinstance(result, tuple) else result
+        return float(jnp.abs(out[:, -_CHECKED:].astype(jnp.float32) - expected).max())
+
+    operands = (q, k, v, indices, log_weights)
+    dense_operands = tuple(jnp.moveaxis(x, 0, 1)[None] for x in (q, k, v))
+    dense = {"dense cudnn": "cudnn"} if jax.default_backend() == "gpu" else {}
+    if length <= _MAX_DENSE[jax.default_backend()]:
+        dense["dense xla"] = "xla"
+    rivals = {
+        label: functools.partial(
+            jax.nn.dot_product_attention, is_causal=True, scale=1.0, implementation=implementation
+        )
+        for label, implementation in dense.items()
+    }
+    flops = 4 * heads * length * seen * width
+    for direction, factor in (("forward", 1), ("forward + backward", 3.5)):
+        contenders = {name: Contender(ours, operands)}
+        contenders |= {label: Contender(rival, dense_operands) for label, rival in rivals.items()}
+        if factor > 1:
+            contenders = {
+                label: Contender(
+                    value_and_gradients(c.function, *(0, 1, 2, 4)[: len(c.arguments)]), c.arguments
+                )
+                for label, c in contenders.items()
+            }
+        yield from compare(
+            f"{name} {direction} t={length}", contenders, flops=factor * flops, reference=difference
+        )
+
+
+def _indices(name, heads, length):
+    """Of each query, or block of queries, the own and others before it."""
+    rows, entries = (length // _BLOCK, _BLOCKS) if name == "block" else (length, _POINTS)
+    rng = np.random.default_rng(0)
+    own = np.arange(rows)[:, None]
+    drawn = rng.random((heads, rows, entries)) * (own + 1)
+    return jnp.asarray(np.where(np.arange(entries) == 0, own, drawn).astype(np.int32))
+
+
+def _dense_rows(name, q, k, v, indices):
+    """The last queries of what `name` computes, through the weight of every key."""
+    length = q.shape[1]
+    block = _BLOCK if name == "block" else 1
+    last = indices[:, -_CHECKED // block :]
+    weights = jax.nn.one_hot(last, length // block, dtype=jnp.float32).sum(-2)
+    weights = jnp.repeat(jnp.repeat(weights, block, axis=1), block, axis=2)
+    causal = np.arange(length) <= np.arange(length - _CHECKED, length)[:, None]
+    q, k, v = (x.astype(jnp.float32) for x in (q[:, -_CHECKED:], k, v))
+    logits = jnp.einsum("hqd,hkd->hqk", q, k, precision="highest")
+    logits = logits + jnp.log(jnp.where(causal, weights, 0))
+    weights = jax.nn.softmax(logits, axis=-1)
+    return jnp.einsum("hqk,hkd->hqd", weights, v, precision="highest")
+
+
+if __name__ == "__main__":
+    main(cases)

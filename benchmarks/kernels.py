@@ -1,0 +1,127 @@
+"""The sparse products against dense matmul, gather + einsum, BCOO and, on a CPU, scipy.
+
+`ell_spmm` has b matrices of i rows with p entries each, `spmm` b matrices of n entries anywhere in
+i rows; j columns, times [j,d]. `+ backward` adds the gradients of values and dense.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jax.experimental import sparse
+
+from benchmarks.timing import Contender, compare, main, value_and_gradients
+from hyperlayer_jax import kernels
+
+# Rows of 10 in 10000 columns; the glimpses of 128 images; attention over 32 of 1024 keys.
+_ELL_SHAPES = (
+    *({"b": 64, "i": 784, "p": 10, "j": 10000, "d": d} for d in (1, 16, 64)),
+    *({"b": 256, "i": 144, "p": 12, "j": 784, "d": d} for d in (1, 3)),
+    {"b": 8, "i": 1024, "p": 32, "j": 1024, "d": 64},
+)
+_SPMM_SHAPE = {"b": 16, "i": 1024, "n": 8192, "j": 1024, "d": 16}
+_MAX_DENSE = 2**25
+
+
+def cases() -> Iterator[dict[str, Any]]:
+    for dtype in (jnp.float32,) if jax.default_backend() == "cpu" else (jnp.float32, jnp.bfloat16):
+        for shape in _ELL_SHAPES:
+            yield from _ell_cases(dtype, **shape)
+        yield from _spmm_cases(dtype, **_SPMM_SHAPE)
+
+
+def _ell_cases(dtype, b, i, p, j, d):
+    rng = np.random.default_rng(0)
+    indices = rng.integers(0, j, (b, i, p), np.int32)
+    values = jnp.asarray(rng.standard_normal((b, i, p)), dtype)
+    dense = jnp.asarray(rng.standard_normal((b, j, d)), dtype)
+    rows = np.broadcast_to(np.arange(i, dtype=np.int32)[:, None], (b, i, p))
+    entries = [x.reshape(b, i * p) for x in (rows, indices, values)]
+
+    def gather(indices, values, dense):
+        picked = jax.vmap(lambda x, n: x[n])(dense, indices)
+        return jnp.einsum("bip,bipd->bid", values, picked)
+
+    contenders = {
+        "ell_spmm": (kernels.ell_spmm, (jnp.asarray(indices), values, dense)),
+        "gather + einsum": (gather, (jnp.asarray(indices), values, dense)),
+    }
+    touched = sum(np.unique(batch).size for batch in indices)
+    floats = values.size + touched * d + b * i * d
+    nbytes = floats * values.dtype.itemsize + indices.nbytes
+    yield from _both_ways(f"b={b} i={i} p={p} j={j} d={d}", contenders, entries, dense, i, nbytes)
+
+
+def _spmm_cases(dtype, b, i, n, j, d):
+    rng = np.random.default_rng(0)
+    rows, cols = (rng.integers(0, size, (b, n), np.int32) for size in (i, j))
+    values = jnp.asarray(rng.standard_normal((b, n)), dtype)
+    dense = jnp.asarray(rng.standard_normal((b, j, d)), dtype)
+    spmm = functools.partial(kernels.spmm, num_rows=i)
+    arguments = (jnp.asarray(rows), jnp.asarray(cols), values, dense)
+    nbytes = sum(x.nbytes for x in arguments) + b * i * d * values.dtype.itemsize
+    entries = (rows, cols, values)
+    name = f"b={b} i={i} n={n} j={j} d={d}"
+    yield from _both_ways(name, {"spmm": (spmm, arguments)}, entries, dense, i, nbytes)
+
+
+def _both_ways(shape, contenders, entries, dense, num_rows, nbytes):
+    """The case forward, then with gradients: at least twice the bytes, and those of dense."""
+    rows, cols, values = entries
+    arguments = (jnp.asarray(rows), jnp.asarray(cols), values, dense)
+    contenders = contenders | {"BCOO": (functools.partial(_bcoo, num_rows), arguments)}
+    forward = {label: Contender(*pair) for label, pair in contenders.items()}
+    both = {}
+    for label, (function, operands) in contenders.items():
+        last = len(operands) - 2, len(operands) - 1
+        both[label] = Contender(value_and_gradients(function, *last), operands)
+    batch, num_cols, d = dense.shape
+    if batch * num_rows * num_cols <= _MAX_DENSE:
+        matrix = jnp.zeros((batch, num_rows, num_cols), values.dtype)
+        matrix = matrix.at[np.arange(batch)[:, None], rows, cols].add(values)
+        forward["dense matmul"] = Contender(jnp.matmul, (matrix, dense))
+    if jax.default_backend() == "cpu":
+        forward["scipy CSR"], both["scipy CSR"] = _scipy(rows, cols, values, dense, num_rows)
+    flops = 2 * values.size * d
+    name = f"{next(iter(contenders))} {values.dtype.name} {shape}"
+    yield from compare(name, forward, nbytes=nbytes, flops=flops)
+    nbytes = 2 * nbytes + dense.nbytes
+    yield from compare(f"{name} + backward", both, nbytes=nbytes, flops=3 * flops)
+
+
+def _bcoo(num_rows, rows, cols, values, dense):
+    shape = (dense.shape[0], num_rows, dense.shape[1])
+    matrix = sparse.BCOO((values, jnp.stack([rows, cols], axis=-1)), shape=shape)
+    return sparse.bcoo_dot_general(matrix, dense, dimension_numbers=(((2,), (1,)), ((0,), (0,))))
+
+
+def _scipy(rows, cols, values, dense, num_rows):
+    """CSR @ dense; and with CSR.T @ gradient and the gathered products, gradients of ones."""
+    values, dense = np.asarray(values), np.asarray(dense)
+    shape = (num_rows, dense.shape[1])
+    entries = [
+        scipy.sparse.csr_matrix((value, (row, col)), shape=shape)
+        for row, col, value in zip(rows, cols, values, strict=True)
+    ]
+    ones = np.ones((num_rows, dense.shape[2]), dense.dtype)
+
+    def forward(*dense):
+        return [matrix @ x for matrix, x in zip(entries, dense, strict=True)]
+
+    def both(*dense):
+        of_values = [
+            np.einsum("nd,nd->n", ones[row], x[col])
+            for row, col, x in zip(rows, cols, dense, strict=True)
+        ]
+        return forward(*dense), (of_values, [matrix.T @ ones for matrix in entries])
+
+    dense = tuple(dense)
+    return Contender(forward, dense, on_host=True), Contender(both, dense, on_host=True)
+
+
+if __name__ == "__main__":
+    main(cases)

@@ -1,0 +1,43 @@
+"""What the README shows runs as it stands there."""
+
+import pathlib
+import re
+import shlex
+
+import jax
+
+from train import identity, sort
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_its_python_runs_from_top_to_bottom():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    scope = {}
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        for block in blocks:
+            exec(block, scope)
+    assert scope["y"].shape == (8, 50)
+    assert scope["evaluate"].layer.deterministic and not scope["layer"].layer.deterministic
+
+
+def test_its_functional_example_has_eight_lines():
+    example = re.search(r"```python\nimport jax\n(.*?)```", README, re.DOTALL).group(1)
+    assert len([line for line in example.splitlines()[1:] if line]) == 8 - 1
+
+
+def test_its_commands_have_flags_that_exist():
+    tasks = {"train.sort": sort.Config, "train.identity": identity.Config}
+    commands = re.findall(r"python -m (train\.\w+)((?: --[\w=.]+)*)", README)
+    assert {name for name, _ in commands} == set(tasks)
+    for name, flags in commands:
+        for flag in shlex.split(flags):
+            option = flag.removeprefix("--").split("=")[0]
+            assert option == "help" or option in tasks[name].__dataclass_fields__
+
+
+def test_its_pictures_and_pages_exist():
+    targets = re.findall(r"\]\((?!https)([^)#]+)\)", README)
+    assert targets
+    assert all((pathlib.Path(__file__).parent.parent / target).exists() for target in targets)

@@ -1,0 +1,25 @@
+"""The identity launcher: a few steps, its files, and that it does learn."""
+
+import pytest
+
+from train import identity
+
+
+def test_trains_evaluates_and_leaves_its_files(tmp_path):
+    result = identity.train_and_evaluate(identity.Config(size=5, steps=3), tmp_path)
+    assert {"mse", "loss", "compile_seconds", "train_seconds"} <= set(result)
+    assert result["steps"] == 3 and result["test_examples"] == 1000
+    assert (tmp_path / "tuples.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "tuples.gif").read_bytes().startswith(b"GIF")
+    assert (tmp_path / "params").is_dir()
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_learns_the_identity_exactly(tmp_path, size):
+    result = identity.train_and_evaluate(identity.Config(size=size, steps=2000), tmp_path)
+    assert result["mse"] == 0
+
+
+def test_a_wrong_value_names_its_flag():
+    with pytest.raises(ValueError, match="--learning_rate"):
+        identity.Config(learning_rate=0.0)

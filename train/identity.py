@@ -1,0 +1,143 @@
+"""Learns y = x with a sparse linear layer whose few weights first have to find the diagonal.
+
+Each of `--size` index tuples has the value 1 and is free to go anywhere in the matrix of the layer.
+The run ends when all of them sit on the diagonal, or after `--steps`:
+
+  python -m train.identity
+  python -m train.identity --size=128
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from matplotlib.axes import Axes
+from matplotlib.collections import EllipseCollection
+from matplotlib.figure import Figure
+
+from hyperlayer_jax import IndexTuples
+from hyperlayer_jax.nn import SparseLinear
+from train import figures, launcher, loop
+
+_BATCH = 64
+_TEST_EXAMPLES = 1000
+_FRAMES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(launcher.Config):
+    """How to learn the identity."""
+
+    size: int = launcher.flag(32, "Length of x, and number of index tuples.", minimum=1)
+    steps: int = launcher.flag(10_000, "Number of updates.", minimum=1)
+    learning_rate: float = launcher.flag(
+        0.005, "Highest step size, at size 128 and in proportion to 1 / size; decays to 0."
+    )
+    sigma_penalty: float = launcher.flag(
+        0.01, "Weight in the loss of the mean sigma, in units of the matrix.", minimum=0.0
+    )
+    num_global: int = launcher.flag(8, "Points per tuple drawn from the whole matrix.", minimum=0)
+    num_local: int = launcher.flag(4, "Points per tuple drawn near its mean.", minimum=0)
+    region: int = launcher.flag(8, "Rows and columns that count as near.", minimum=1)
+    min_sigma: float = launcher.flag(0.05, "Smallest standard deviation, in cells.", minimum=0.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.learning_rate > 0:
+            raise ValueError(f"--learning_rate must be above 0, got {self.learning_rate}")
+
+
+def test_error(model: SparseLinear, size: int) -> float:
+    """The mean squared error of the rounded layer on random x [1000, size]."""
+    x = jax.random.normal(jax.random.key(0), (_TEST_EXAMPLES, size))
+    return float(jnp.mean((nnx.view(model, deterministic=True)(x) - x) ** 2))
+
+
+def draw_tuples(axes: Axes, tuples: IndexTuples, size: int, title: str) -> None:
+    """Draws tuples over the matrix: a dot at each mean, an ellipse of one sigma around it."""
+    axes.clear()
+    rows, columns = np.asarray(tuples.means).T
+    height, width = 2 * np.asarray(tuples.sigmas).T
+    axes.plot([0, size - 1], [0, size - 1], color="lightgray", linewidth=4, zorder=0)
+    ellipses = EllipseCollection(
+        width, height, np.zeros(len(rows)), units="xy", offsets=np.stack([columns, rows], -1),
+        offset_transform=axes.transData, facecolor="tab:blue", alpha=0.15,
+    )  # fmt: skip
+    axes.add_collection(ellipses)
+    axes.plot(columns, rows, ".", color="tab:blue", markersize=4)
+    axes.set(
+        xlim=(-1, size),
+        ylim=(size, -1),
+        aspect="equal",
+        title=title,
+        xlabel="input",
+        ylabel="output",
+    )
+
+
+def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains the layer, writes `tuples.png` and `tuples.gif`, and returns its figures."""
+    size = config.size
+    model = SparseLinear(
+        size,
+        size,
+        size,
+        values=1.0,
+        min_sigma=config.min_sigma,
+        num_global=config.num_global,
+        num_local=config.num_local,
+        region=config.region,
+        rngs=nnx.Rngs(config.seed),
+    )
+    history = {}
+
+    def loss_fn(model, key, step, data):
+        del step, data
+        x = jax.random.normal(key, (_BATCH, size))
+        sigma = jnp.mean(model.layer.hypernetwork().sigmas) / size
+        return jnp.mean((model(x) - x) ** 2) + config.sigma_penalty * sigma, {}
+
+    def evaluate(model, step):
+        history[step] = jax.device_get(model.layer.hypernetwork())
+        return {"mse": test_error(model, size)}
+
+    # A step of the same length in cells, whatever the size.
+    learning_rate = config.learning_rate * 128 / size
+    model, run = loop.train(
+        model,
+        optax.adam(optax.cosine_decay_schedule(learning_rate, config.steps)),
+        loss_fn,
+        (),
+        key=jax.random.key(config.seed),
+        steps=config.steps,
+        workdir=workdir,
+        evaluate=evaluate,
+        evaluate_every=max(1, config.steps // _FRAMES),
+    )
+    steps = sorted(history)
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    shown = [steps[0], steps[len(steps) // 10], steps[-1]]
+    for axes, step in zip(figure.subplots(1, 3), shown, strict=True):
+        draw_tuples(axes, history[step], size, f"step {step}")
+    figures.save_png(figure, workdir / "tuples.png")
+    figure = Figure(figsize=(4.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    figures.save_gif(
+        figure,
+        lambda step: draw_tuples(axes, history[step], size, f"step {step}"),
+        steps,
+        workdir / "tuples.gif",
+    )
+    mse = test_error(model, size)
+    print(f"mean squared error with rounded means: {mse:.4g}")
+    print(f"pictures: {workdir / 'tuples.png'}, {workdir / 'tuples.gif'}")
+    return {"mse": mse, **run, "test_examples": _TEST_EXAMPLES}
+
+
+if __name__ == "__main__":
+    launcher.launch(Config, train_and_evaluate)
