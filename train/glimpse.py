@@ -58,7 +58,7 @@ class Config(launcher.Config):
     sigma_scale: float = launcher.flag(0.07, "First sigma, in canvases, over log 2.", minimum=1e-6)
     min_sigma: float = launcher.flag(0.0, "Smallest sigma, in pixels.", minimum=0.0)
     coarseness: int = launcher.flag(2, "Pixels averaged along each axis to decide.", minimum=1)
-    dataset: data.Name = launcher.flag("digits", "Images to classify.")  # noqa: RUF009
+    dataset: data.Name = launcher.flag("digits", "Images to classify.")
     data_dir: str | None = launcher.flag(None, "Folder of a data set that is not bundled.")
     digit_size: int = launcher.flag(14, "Rows and columns that digits are resized to.", minimum=1)
     canvas: int = launcher.flag(32, "Rows and columns of a canvas.", minimum=1)
@@ -163,12 +163,19 @@ class GlimpseClassifier(nnx.Module):
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Glimpses]:
         """Maps images [B, H, W, C] to logits [B, 10] and the glimpses they come from."""
+        glimpses = self.attention(images, self.features(images))
+        return self.classify(glimpses.patches), glimpses
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """What decides where to look, [B, hidden], of images [B, H, W, C]."""
         b, h, w, c = images.shape
         f = self.coarseness
-        coarse = images.reshape(b, h // f, f, w // f, f, c).mean((2, 4))
-        glimpses = self.attention(images, nnx.relu(self.locator(coarse)))
-        seen = self.convolutions(glimpses.patches.reshape(-1, *glimpses.patches.shape[2:]))
-        return self.dense(seen.reshape(b, -1)), glimpses
+        return nnx.relu(self.locator(images.reshape(b, h // f, f, w // f, f, c).mean((2, 4))))
+
+    def classify(self, patches: jax.Array) -> jax.Array:
+        """Logits [B, 10] of patches [B, g, k, k, C]."""
+        seen = self.convolutions(patches.reshape(-1, *patches.shape[2:]))
+        return self.dense(seen.reshape(len(patches), -1))
 
 
 class ConvClassifier(nnx.Module):
