@@ -4,6 +4,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -177,21 +178,19 @@ def test_half_precision_images_keep_their_dtype_and_exact_means():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def descend(shape, pixel, seed):
-    """Descends on minus the light in a glimpse: centres [steps, 2] of it, in indices."""
-    size = 16
-    image = jnp.zeros((size, size, 1)).at[pixel[0], pixel[1]].set(1.0)
+def descend(shape, pixel, key):
+    """Descends on minus the light in a glimpse of one pixel: its place [steps, 2], in indices."""
+    images = jnp.zeros((32, 16, 16, 1)).at[:, pixel[0], pixel[1]].set(1.0)
     model = nn.GlimpseAttention(
         1,
-        (3, 3),
+        (1, 1),
         1,
         shape=shape,
-        initial_size=0.4,
         sigma_scale=0.2,
-        num_global=16,
+        num_global=8,
         num_local=8,
         region=8,
-        rngs=nnx.Rngs(params=0, sample=seed),
+        rngs=nnx.Rngs(params=0, sample=key),
     )
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -200,15 +199,16 @@ def descend(shape, pixel, seed):
 
         def loss(params):
             model = nnx.merge(graphdef, params, rest, copy=True)
-            seen = model(image, jnp.ones(1))
-            return -seen.patches.sum(), (seen.means.mean((0, 1, 2)), nnx.state(model, rest_filter))
+            seen = model(images, jnp.ones((32, 1)))
+            drawn = nnx.state(model, nnx.Not(nnx.Param))
+            return -seen.patches.mean(), (seen.means.mean((0, 1, 2, 3)), drawn)
 
         (gradients, (centre, rest)) = jax.grad(loss, has_aux=True)(params)
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
+        norm = optax.global_norm(gradients) + 1e-12
+        params = jax.tree.map(lambda p, g: p - 0.03 * g / norm, params, gradients)
         return (params, rest), centre
 
-    rest_filter = nnx.Not(nnx.Param)
-    return jax.lax.scan(step, (params, rest), length=80)[1]
+    return jax.lax.scan(step, (params, rest), length=120)[1]
 
 
 @settings(max_examples=15, deadline=None)
@@ -218,9 +218,9 @@ def descend(shape, pixel, seed):
     seed=st.integers(0, 1000),
 )
 def test_a_glimpse_moves_towards_the_only_light(shape, pixel, seed):
-    centres = descend(shape, np.array(pixel, np.int32), np.uint32(seed))
+    centres = descend(shape, np.array(pixel, np.int32), jax.random.key(seed))
     start, end = (np.linalg.norm(c - np.array(pixel)) for c in (centres[0], centres[-10:].mean(0)))
-    assert end < max(0.6 * start, 1.5)
+    assert end < 0.3 * start + 0.5
 
 
 def test_the_policy_of_reinforce_learns_where_the_reward_is():
@@ -241,7 +241,7 @@ def test_the_policy_of_reinforce_learns_where_the_reward_is():
         return distance
 
     distances = [float(step(model)) for _ in range(200)]
-    assert np.mean(distances[-10:]) < 0.3 * np.mean(distances[:10])
+    assert np.mean(distances[-10:]) < 0.3 * distances[0]
     seen = nnx.view(model, deterministic=True)(images, features)
     assert seen.log_prob is None and seen.patches.shape == (64, 1, 3, 3, 1)
 

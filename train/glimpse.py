@@ -55,7 +55,7 @@ class Config(launcher.Config):
     num_global: int = launcher.flag(0, "Points per pixel drawn from all of the canvas.", minimum=0)
     num_local: int = launcher.flag(0, "Points per pixel drawn from its region.", minimum=0)
     region: int = launcher.flag(5, "Rows and columns of the region.", minimum=1)
-    sigma_scale: float = launcher.flag(0.07, "First sigma, in canvases, over log 2.", minimum=1e-6)
+    sigma_scale: float = launcher.flag(0.03, "First sigma, in canvases, over log 2.", minimum=1e-6)
     min_sigma: float = launcher.flag(0.0, "Smallest sigma, in pixels.", minimum=0.0)
     coarseness: int = launcher.flag(2, "Pixels averaged along each axis to decide.", minimum=1)
     dataset: data.Name = launcher.flag("digits", "Images to classify.")
@@ -67,9 +67,9 @@ class Config(launcher.Config):
     rotation: float = launcher.flag(0.0, "Digits turn by up to so many degrees.", minimum=0.0)
     scaling: float = launcher.flag(0.0, "Digits grow or shrink by up to this part.", minimum=0.0)
     augment: float = launcher.flag(
-        0.0, "More scaling, and a hundred times it more rotation, of training digits.", minimum=0.0
+        0.1, "More scaling, and a hundred times it more rotation, of training digits.", minimum=0.0
     )
-    steps: int = launcher.flag(6000, "Number of updates.", minimum=1)
+    steps: int = launcher.flag(15000, "Number of updates.", minimum=1)
     batch_size: int = launcher.flag(64, "Canvases in an update.", minimum=1)
     learning_rate: float = launcher.flag(1e-3, "Largest size of a step.", minimum=0.0)
     average: float = launcher.flag(0.999, "Decay of the mean of the parameters.", minimum=0.0)
