@@ -218,7 +218,7 @@ def descend(shape, pixel, key):
     seed=st.integers(0, 1000),
 )
 def test_a_glimpse_moves_towards_the_only_light(shape, pixel, seed):
-    centres = descend(shape, np.array(pixel, np.int32), jax.random.key(seed))
+    centres = np.asarray(descend(shape, np.array(pixel, np.int32), jax.random.key(seed)))
     start, end = (np.linalg.norm(c - np.array(pixel)) for c in (centres[0], centres[-10:].mean(0)))
     assert end < 0.3 * start + 0.5
 
