@@ -1,6 +1,10 @@
 import gzip
+import importlib.util
 import re
+import socket
 import struct
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -99,7 +103,73 @@ def test_missing_file_lists_the_names_looked_for(folder):
 
 
 def test_wrong_request_names_the_flag():
-    with pytest.raises(data.DataError, match="--data_dir"):
-        data.load("mnist")
-    with pytest.raises(data.DataError, match=r"--dataset .* got 'cifar'"):
+    with pytest.raises(data.DataError, match=r"--dataset .* 'kmnist', .* got 'cifar'"):
         data.load("cifar")
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
+def test_idx_folders_of_other_sets(name, folder):
+    images = data.load("mnist", str(folder)).train.images
+    np.testing.assert_array_equal(data.load(name, str(folder)).train.images, images)
+
+
+class Builder:
+    """Stands for a builder of tensorflow-datasets, whose set may be prepared."""
+
+    def __init__(self, prepared, folder):
+        self.prepared, self.data_dir = prepared, folder
+
+    def is_prepared(self):
+        return self.prepared
+
+    def download_and_prepare(self):
+        self.prepared = True
+
+    def as_data_source(self, split):
+        count = {"train": 25, "test": 7}[split]
+        return [
+            {"image": np.full((4, 3, 3), i, np.uint8), "label": np.int64(i % 10)}
+            for i in range(count)
+        ]
+
+
+def pretend(monkeypatch, folder, prepared, tensorflow=True):
+    """Puts a module in place of tensorflow-datasets, and TensorFlow beside it or not."""
+    module = types.SimpleNamespace(
+        builder=lambda name, *, data_dir, file_format: Builder(prepared, data_dir or folder)
+    )
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: module if tensorflow else None)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_tensorflow_datasets(prepared, monkeypatch, tmp_path):
+    pretend(monkeypatch, tmp_path, prepared)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: socket.socket())
+    svhn = data.load("svhn_cropped", str(tmp_path))
+    assert [len(s.labels) for s in (svhn.train, svhn.validation, svhn.test)] == [22, 3, 7]
+    assert svhn.train.images.shape == (22, 4, 3, 3) and svhn.train.images.dtype == np.float32
+    assert svhn.validation.labels.tolist() == [2, 3, 4] and svhn.test.labels.dtype == np.int32
+    np.testing.assert_allclose(svhn.test.images[:, 0, 0, 0] * 255, np.arange(7), rtol=1e-6)
+
+
+def test_unprepared_set_says_at_once_what_is_missing(monkeypatch, tmp_path):
+    pretend(monkeypatch, tmp_path, prepared=False, tensorflow=False)
+    with pytest.raises(data.DataError, match="needs pip install tensorflow, once, or --data_dir"):
+        data.load("mnist")
+
+    def refuse(*_, timeout):
+        assert timeout <= 3
+        raise OSError("no route")
+
+    pretend(monkeypatch, tmp_path, prepared=False)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(data.DataError, match=r"needs a network \(no route\)") as error:
+        data.load("svhn_cropped")
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(data.DataError, match=r"pip install 'hyperlayer_jax\[tfds\]'.*--data_dir"):
+        data.load("kmnist")

@@ -2,17 +2,23 @@
 
 import dataclasses
 import gzip
+import importlib.util
+import logging
 import math
 import pathlib
+import socket
+import typing
 import zlib
 from typing import Literal, NamedTuple
 
 import numpy as np
 from sklearn import datasets
 
-Name = Literal["digits", "mnist"]
+Name = Literal["digits", "mnist", "fashion_mnist", "kmnist", "svhn_cropped"]
 
 _GZIP_MAGIC = b"\x1f\x8b"
+# Asked before a download, which would otherwise try again for minutes.
+_DOWNLOAD_HOST = ("storage.googleapis.com", 443)
 
 
 class DataError(ValueError):
@@ -45,21 +51,29 @@ def load(name: Name, data_dir: str | None = None) -> Dataset:
 
     - `digits`: the 1797 handwritten 8x8 digits that come with scikit-learn, shuffled once by a
       fixed seed into 1258 for training, 180 for validation and 359 for testing.
-    - `mnist`: the four IDX files in the folder `data_dir`, plain or gzipped. The last twelfth of
-      the training file is for validation: 55000, 5000 and 10000 images of MNIST itself.
+    - `mnist`, `fashion_mnist`, `kmnist`: with `data_dir`, the four IDX files in that folder, plain
+      or gzipped; without, from tensorflow-datasets.
+    - `svhn_cropped`: from tensorflow-datasets, which keeps its sets in `data_dir`.
+
+    The last twelfth of the training part is for validation: 55000, 5000 and 10000 images of MNIST.
+    tensorflow-datasets looks in its own folder where `data_dir` is None. Reading a set that is
+    prepared needs the extra `tfds`; preparing one, once, also a network and TensorFlow.
 
     Raises:
-      DataError: for an unknown name, and for a missing, damaged or contradictory file.
+      DataError: for an unknown name, for a missing, damaged or contradictory file, and where a set
+        can be neither read nor prepared.
     """
     match name:
         case "digits":
             return _load_digits()
-        case "mnist":
-            if data_dir is None:
-                raise DataError("--dataset=mnist needs --data_dir, the folder of its IDX files")
-            return _load_idx(pathlib.Path(data_dir))
+        case "mnist" | "fashion_mnist" | "kmnist" if data_dir is not None:
+            folder = pathlib.Path(data_dir)
+            return _hold_out(_read_pair(folder, "train"), _read_pair(folder, "t10k"), folder)
+        case "mnist" | "fashion_mnist" | "kmnist" | "svhn_cropped":
+            return _load_tfds(name, data_dir)
         case _:
-            raise DataError(f"--dataset must be 'digits' or 'mnist', got {name!r}")
+            names = ", ".join(map(repr, typing.get_args(Name)))
+            raise DataError(f"--dataset must be one of {names}, got {name!r}")
 
 
 def _load_digits() -> Dataset:
@@ -72,16 +86,50 @@ def _load_digits() -> Dataset:
     return Dataset(*(Split(images[part], labels[part]) for part in parts))
 
 
-def _load_idx(folder: pathlib.Path) -> Dataset:
-    images, labels = _read_pair(folder, "train")
-    first = len(labels) - math.ceil(len(labels) / 12)
+def _hold_out(fit: Split, test: Split, source: object) -> Dataset:
+    """Makes the last twelfth of what is for fitting the validation split."""
+    first = len(fit.labels) - math.ceil(len(fit.labels) / 12)
     if first < 1:
-        raise DataError(f"{folder}: {len(labels)} training image, wanted at least 2")
-    return Dataset(
-        Split(images[:first], labels[:first]),
-        Split(images[first:], labels[first:]),
-        _read_pair(folder, "t10k"),
+        raise DataError(f"{source}: {len(fit.labels)} training image, wanted at least 2")
+    train, validation = (Split(*(x[part] for x in fit)) for part in (np.s_[:first], np.s_[first:]))
+    return Dataset(train, validation, test)
+
+
+def _load_tfds(name: str, data_dir: str | None) -> Dataset:
+    idx = "" if name == "svhn_cropped" else ", or --data_dir, a folder with its four IDX files"
+    try:
+        import tensorflow_datasets as tfds  # noqa: PLC0415, an extra of ours
+    except ImportError as error:
+        raise DataError(
+            f"--dataset={name} needs pip install 'hyperlayer_jax[tfds]' ({error}){idx}"
+        ) from error
+    # It warns of a set that is not prepared, which is what we are about to tell ourselves.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    if not builder.is_prepared():
+        problem = _why_not_to_prepare()
+        if problem:
+            raise DataError(f"--dataset={name} is not in {builder.data_dir}: {problem}{idx}")
+        builder.download_and_prepare()
+    splits = (builder.as_data_source(split) for split in ("train", "test"))
+    fit, test = (
+        Split(
+            np.stack([example["image"] for example in split]).astype(np.float32) / 255,
+            np.array([example["label"] for example in split], np.int32),
+        )
+        for split in splits
     )
+    return _hold_out(fit, test, builder.data_dir)
+
+
+def _why_not_to_prepare() -> str | None:
+    if importlib.util.find_spec("tensorflow") is None:
+        return "preparing it there needs pip install tensorflow, once"
+    try:
+        socket.create_connection(_DOWNLOAD_HOST, timeout=3).close()
+    except OSError as error:
+        return f"downloading it needs a network ({error}); else put a prepared copy there"
+    return None
 
 
 def _read_pair(folder: pathlib.Path, prefix: str) -> Split:

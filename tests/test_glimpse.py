@@ -1,0 +1,315 @@
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+from hyperlayer_jax import RowSparseTensor, contract, nn
+from train import glimpse
+
+RANDOM = np.random.default_rng(0)
+IMAGE = (9, 12)
+
+
+def unit(i, n):
+    """Place i of n in [-1, 1], the only one in the middle."""
+    return 2 * i / (n - 1) - 1 if n > 1 else 0.0
+
+
+def grid_oracle(position, glimpse_shape, image_shape):
+    """The means at position(v, h) for v, h in [-1, 1], in float64 and one at a time."""
+    means = np.zeros((*glimpse_shape, 2))
+    for i, j in np.ndindex(*glimpse_shape):
+        place = position(unit(i, glimpse_shape[0]), unit(j, glimpse_shape[1]))
+        for axis, size in enumerate(image_shape):
+            means[i, j, axis] = np.clip((place[axis] + 1) / 2 * (size - 1), 0, size - 1)
+    return means
+
+
+def box_oracle(box, *shapes):
+    return grid_oracle(lambda v, h: (box[0] + v * box[2], box[1] + h * box[3]), *shapes)
+
+
+def quad_oracle(corners, *shapes):
+    def position(v, h):
+        weights = np.outer([(1 - v) / 2, (1 + v) / 2], [(1 - h) / 2, (1 + h) / 2])
+        return (weights[..., None] * corners).sum((0, 1))
+
+    return grid_oracle(position, *shapes)
+
+
+def affine_oracle(matrix, *shapes):
+    return grid_oracle(lambda v, h: matrix @ np.array([v, h, 1.0]), *shapes)
+
+
+@pytest.mark.parametrize("glimpse_shape", [(5, 4), (1, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("means", "oracle", "axes", "spread"),
+    [
+        (nn.box_means, box_oracle, (4,), 0.4),
+        (nn.box_means, box_oracle, (4,), 3.0),
+        (nn.quad_means, quad_oracle, (2, 2, 2), 0.9),
+        (nn.quad_means, quad_oracle, (2, 2, 2), 3.0),
+        (nn.affine_means, affine_oracle, (2, 3), 0.6),
+        (nn.affine_means, affine_oracle, (2, 3), 3.0),
+    ],
+)
+def test_grids_are_those_of_the_oracle(means, oracle, axes, spread, glimpse_shape):
+    parameters = RANDOM.uniform(-spread, spread, (2, 3, *axes)).astype(np.float32)
+    got = jax.jit(lambda p: means(p, glimpse_shape, IMAGE))(parameters)
+    assert got.shape == (2, 3, *glimpse_shape, 2) and got.dtype == jnp.float32
+    for place in np.ndindex(2, 3):
+        want = oracle(parameters[place].astype(np.float64), glimpse_shape, IMAGE)
+        np.testing.assert_allclose(got[place], want, atol=1e-5)
+
+
+def test_the_grid_reaches_both_edges_of_the_box():
+    means = nn.box_means(jnp.array([0.0, 0.25, 0.5, 0.25]), (4, 6), (9, 17))
+    np.testing.assert_allclose(means[0, 0], [2, 8])
+    np.testing.assert_allclose(means[-1, -1], [6, 12])
+
+
+def test_the_identity_covers_the_image_pixel_by_pixel():
+    identity = jnp.eye(2, 3)
+    pixels = np.stack(np.indices(IMAGE), -1)
+    np.testing.assert_allclose(nn.affine_means(identity, IMAGE, IMAGE), pixels, atol=1e-5)
+    np.testing.assert_allclose(
+        nn.box_means(jnp.array([0.0, 0, 1, 1]), IMAGE, IMAGE), pixels, atol=1e-5
+    )
+
+
+def test_degenerate_boxes_and_boxes_beyond_the_border():
+    point = nn.box_means(jnp.array([0.5, -0.5, 0.0, 0.0]), (3, 3), (9, 9))
+    np.testing.assert_allclose(point, np.broadcast_to([6, 2], (3, 3, 2)))
+    outside = nn.box_means(jnp.array([5.0, -5, 1, 1]), (3, 3), (9, 9))
+    np.testing.assert_allclose(outside, np.broadcast_to([8, 0], (3, 3, 2)))
+    gradient = jax.grad(lambda box: nn.box_means(box, (3, 3), (9, 9)).sum())
+    assert np.isfinite(gradient(jnp.array([0.5, -0.5, 0.0, 0.0]))).all()
+    np.testing.assert_array_equal(gradient(jnp.array([5.0, -5, 1, 1])), 0)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (1, 5), (1, 1)])
+def test_bilinear_reading_is_that_of_scipy(shape):
+    image = RANDOM.normal(size=(*shape, 2)).astype(np.float32)
+    last = np.array(shape) - 1
+    means = (RANDOM.uniform(0, 1, (40, 2)) * last).astype(np.float32)
+    means[:4] = [[0, 0], last, last / 2, np.round(last / 2)]
+    indices, values = nn.bilinear(jnp.asarray(means), shape)
+    got = contract(RowSparseTensor(indices, values, (40,), shape), jnp.asarray(image))
+    for channel in range(2):
+        want = ndimage.map_coordinates(image[..., channel], means.T, order=1, mode="nearest")
+        np.testing.assert_allclose(got[:, channel], want, atol=1e-5)
+    np.testing.assert_allclose(values.sum(-1), 1, rtol=1e-6)
+
+
+def test_spatial_transformer_reads_its_means_as_scipy_does():
+    images = jax.random.normal(jax.random.key(0), (3, 10, 8, 2))
+    features = 30 * jax.random.normal(jax.random.key(1), (3, 6))
+    seen = nn.SpatialTransformer(6, (4, 5), 2, rngs=nnx.Rngs(0))(images, features)
+    assert seen.patches.shape == (3, 2, 4, 5, 2) and not seen.sigmas.any()
+    for b, g, c in np.ndindex(3, 2, 2):
+        points = np.moveaxis(np.asarray(seen.means[b, g]), -1, 0)
+        want = ndimage.map_coordinates(np.asarray(images[b, ..., c]), points, order=1)
+        np.testing.assert_allclose(seen.patches[b, g, ..., c], want, atol=1e-4)
+
+
+def attend(shape="box", **arguments):
+    arguments = {"num_local": 4, "num_global": 1, "region": 5} | arguments
+    return nn.GlimpseAttention(6, (4, 5), 2, shape=shape, rngs=nnx.Rngs(0), **arguments)
+
+
+@pytest.mark.parametrize("shape", ["box", "quad", "affine"])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_glimpses_have_their_shapes_and_start_on_the_image(shape, batch):
+    images = jax.random.uniform(jax.random.key(0), (*batch, 16, 12, 3))
+    features = jax.random.normal(jax.random.key(1), (*batch, 6))
+    seen = attend(shape)(images, features)
+    assert seen.patches.shape == (*batch, 2, 4, 5, 3)
+    assert seen.means.shape == (*batch, 2, 4, 5, 2) and seen.sigmas.shape == (*batch, 2, 2)
+    assert seen.log_prob is None and seen.baseline is None
+    assert seen.patches.min() >= 0 and seen.patches.max() <= 1 + 1e-5
+    means = np.asarray(seen.means)
+    extent = (means.max((-2, -3)) - means.min((-2, -3))) / np.array([15, 11])
+    assert extent.min() > 0.4 and extent.max() <= 1
+
+
+@pytest.mark.parametrize("shape", ["box", "quad", "affine"])
+def test_gradients_reach_every_parameter_at_the_start(shape):
+    images = jax.random.uniform(jax.random.key(0), (3, 16, 12, 1))
+    features = jax.random.normal(jax.random.key(1), (3, 6))
+
+    def loss(model, features):
+        return (model(images, features).patches ** 2).sum()
+
+    gradients = nnx.grad(loss, argnums=(0, 1))(attend(shape), features)
+    for gradient in jax.tree.leaves(gradients):
+        assert np.isfinite(gradient).all() and np.abs(gradient).sum() > 0
+
+
+def test_channels_share_their_points_and_constants_are_kept():
+    images = jnp.tile(jax.random.uniform(jax.random.key(0), (2, 16, 12, 1)), (1, 1, 1, 3))
+    features = jax.random.normal(jax.random.key(1), (2, 6))
+    patches = attend()(images, features).patches
+    np.testing.assert_array_equal(patches[..., :1], patches[..., 1:2])
+    np.testing.assert_allclose(attend()(jnp.ones_like(images), features).patches, 1, rtol=1e-5)
+
+
+def test_deterministic_glimpses_are_means_of_four_neighbours():
+    images = jax.random.uniform(jax.random.key(0), (2, 16, 12, 1))
+    features = 5 * jax.random.normal(jax.random.key(1), (2, 6))
+    images, seen = jax.device_get(
+        (images, nnx.view(attend(), deterministic=True)(images, features))
+    )
+    for b, g, i, j in np.ndindex(2, 2, 4, 5):
+        points = oracle.neighbours(seen.means[b, g, i, j])
+        shares = oracle.redistribute(points, [seen.means[b, g, i, j]], [seen.sigmas[b, g]], [1.0])
+        want = sum(s * images[b, *p] for s, p in zip(shares, points, strict=True))
+        np.testing.assert_allclose(seen.patches[b, g, i, j], want, atol=1e-5)
+
+
+def test_half_precision_images_keep_their_dtype_and_exact_means():
+    images = jnp.ones((2, 16, 12, 1), jnp.bfloat16)
+    seen = attend()(images, jnp.ones((2, 6), jnp.bfloat16))
+    assert seen.patches.dtype == jnp.bfloat16 and seen.means.dtype == jnp.float32
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def descend(shape, pixel, key):
+    """Descends on minus the light in a glimpse of one pixel: its place [steps, 2], in indices."""
+    images = jnp.zeros((32, 16, 16, 1)).at[:, pixel[0], pixel[1]].set(1.0)
+    model = nn.GlimpseAttention(
+        1,
+        (1, 1),
+        1,
+        shape=shape,
+        sigma_scale=0.2,
+        num_global=8,
+        num_local=8,
+        region=8,
+        rngs=nnx.Rngs(params=0, sample=key),
+    )
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def step(carry, _):
+        params, rest = carry
+
+        def loss(params):
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            seen = model(images, jnp.ones((32, 1)))
+            drawn = nnx.state(model, nnx.Not(nnx.Param))
+            return -seen.patches.mean(), (seen.means.mean((0, 1, 2, 3)), drawn)
+
+        (gradients, (centre, rest)) = jax.grad(loss, has_aux=True)(params)
+        norm = optax.global_norm(gradients) + 1e-12
+        params = jax.tree.map(lambda p, g: p - 0.03 * g / norm, params, gradients)
+        return (params, rest), centre
+
+    return jax.lax.scan(step, (params, rest), length=120)[1]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.sampled_from(["box", "quad", "affine"]),
+    pixel=st.tuples(st.integers(2, 13), st.integers(2, 13)),
+    seed=st.integers(0, 1000),
+)
+def test_a_glimpse_moves_towards_the_only_light(shape, pixel, seed):
+    centres = np.asarray(descend(shape, np.array(pixel, np.int32), jax.random.key(seed)))
+    start, end = (np.linalg.norm(c - np.array(pixel)) for c in (centres[0], centres[-10:].mean(0)))
+    assert end < 0.3 * start + 0.5
+
+
+def test_the_policy_of_reinforce_learns_where_the_reward_is():
+    model = nn.ReinforceGlimpses(1, (3, 3), 1, rngs=nnx.Rngs(0))
+    images, features = jnp.zeros((64, 17, 17, 1)), jnp.ones((64, 1))
+
+    @nnx.jit
+    def step(model):
+        def loss(model):
+            seen = model(images, features)
+            centres = seen.means.mean((1, 2, 3))
+            distance = ((centres - jnp.array([[12.0, 4.0]])) ** 2).sum(-1)
+            return nn.reinforce_loss(seen, -distance / 10), distance.mean()
+
+        gradients, distance = nnx.grad(loss, has_aux=True)(model)
+        params = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda p, g: p - 0.02 * g, params, gradients))
+        return distance
+
+    distances = [float(step(model)) for _ in range(200)]
+    assert np.mean(distances[-10:]) < 0.3 * distances[0]
+    seen = nnx.view(model, deterministic=True)(images, features)
+    assert seen.log_prob is None and seen.patches.shape == (64, 1, 3, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: attend("circle"), "shape: got 'circle'"),
+        (lambda: attend(initial_size=1.0), "initial_size: got 1.0"),
+        (lambda: nn.box_means(jnp.ones((2, 5)), (3, 3), (9, 9)), r"boxes: got shape \(2, 5\)"),
+        (lambda: nn.quad_means(jnp.ones((2, 2, 2)), (3,), (9, 9)), r"glimpse_shape: got \(3,\)"),
+        (lambda: nn.affine_means(jnp.ones((2, 3), int), (3, 3), (9, 9)), "matrices: got int32"),
+        (lambda: attend()(jnp.ones((2, 8, 8, 1)), jnp.ones((3, 6))), "features: got shape"),
+        (lambda: attend()(jnp.ones((8, 8)), jnp.ones(6)), "images: got shape"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+SMALL = {
+    "canvas": 12,
+    "digit_size": 8,
+    "patch_size": 3,
+    "num_patches": 2,
+    "hidden": 8,
+    "glimpse_size": 4,
+    "batch_size": 4,
+    "steps": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "head"),
+    [("box", "conv"), *((m, "mlp") for m in ("quad", "affine", "stn", "reinforce", "conv"))],
+)
+def test_every_model_trains_for_a_step(model, head, monkeypatch, tmp_path):
+    monkeypatch.setattr(glimpse, "_MIN_CANVASES", 1)
+    config = glimpse.Config(model=model, head=head, **SMALL)
+    figures = glimpse.train_and_evaluate(config, tmp_path)
+    assert {"error", "steps", "train_seconds", "compile_seconds", "test_examples"} <= set(figures)
+    assert 0 <= figures["error"] <= 1 and figures["test_examples"] == 359
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation_error" in row] == [0, 1]
+    drawn = sorted(path.name for path in tmp_path.glob("glimpses*"))
+    if model == "conv":
+        assert not drawn
+    else:
+        assert drawn == ["glimpses-0.png", "glimpses-1.png", "glimpses.gif"]
+        assert Image.open(tmp_path / "glimpses.gif").n_frames == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"canvas": 33}, "--coarseness must divide --canvas=33"),
+        ({"canvas": 12}, "--canvas must be at least --digit_size=14"),
+        ({"patch_size": 15}, "--patch_size must be at most --digit_size=14"),
+        ({"scaling": 0.6, "augment": 0.5}, "--scaling and --augment"),
+        ({"average": 1.0}, "--average must be below 1"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, message):
+    with pytest.raises(ValueError, match=message):
+        glimpse.Config(**flags)
