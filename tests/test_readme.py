@@ -6,7 +6,7 @@ import shlex
 
 import jax
 
-from train import identity, sort
+from train import glimpse, identity, sort
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
@@ -28,7 +28,11 @@ def test_its_functional_example_has_eight_lines():
 
 
 def test_its_commands_have_flags_that_exist():
-    tasks = {"train.sort": sort.Config, "train.identity": identity.Config}
+    tasks = {
+        "train.sort": sort.Config,
+        "train.identity": identity.Config,
+        "train.glimpse": glimpse.Config,
+    }
     commands = re.findall(r"python -m (train\.\w+)((?: --[\w=.]+)*)", README)
     assert {name for name, _ in commands} == set(tasks)
     for name, flags in commands:
