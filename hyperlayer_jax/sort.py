@@ -59,7 +59,8 @@ def soft_quicksort(
     Args:
       key: a PRNG key.
       x: float [*B, s, d], the items.
-      scores: float [*B, s], finite.
+      scores: float [*B, s], finite; where scores tie at magnitudes whose square overflows, their
+        gradient is not.
       num_samples: random splits per bucket.
       certainty: > 0, how soon a difference in score decides.
       proposal: "local" adds logistic noise to the items' log odds and splits by the sum; "uniform"
@@ -176,8 +177,9 @@ def _exchange(order, half):
     home = halves[order]
     goal = jnp.broadcast_to(_align(half, order), order.shape)
     # Sorting by row inverts the order: where each row goes.
-    goal_of_row = halves[jnp.sort(order * size + _align(np.arange(size), order), axis=-1) % size]
-    row = jnp.broadcast_to(_align(np.arange(size, dtype=half.dtype), order), order.shape)
+    rows = _align(np.arange(size, dtype=half.dtype), order)
+    goal_of_row = halves[jnp.sort(order * size + rows, axis=-1) % size]
+    row = jnp.broadcast_to(rows, order.shape)
 
     def arrange(half, moves, row):
         """By half: the rows that stay, then those that move, each in ascending order."""

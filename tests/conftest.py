@@ -14,6 +14,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 hypothesis.settings.register_profile(
-    "laws", max_examples=15, deadline=None, derandomize=True, database=None
+    "laws", max_examples=5, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("laws")

@@ -40,8 +40,8 @@ class Glimpses:
     patches: jax.Array
     means: jax.Array
     sigmas: jax.Array
-    log_prob: jax.Array | None = None
-    baseline: jax.Array | None = None
+    log_prob: jax.Array | None = dataclasses.field(default=None, kw_only=True)
+    baseline: jax.Array | None = dataclasses.field(default=None, kw_only=True)
 
 
 def quad_means(
@@ -251,7 +251,7 @@ class GlimpseAttention(nnx.Module):
         )
         return Glimpses(_read(images, indices, values, means), means, sigmas)
 
-    def set_view(self, deterministic: bool | None = None):
+    def set_view(self, *, deterministic: bool | None = None):
         """Called by `nnx.view`.
 
         Args:
@@ -273,7 +273,14 @@ class SpatialTransformer(nnx.Module):
         initial_size: float = 0.75,
         rngs: nnx.Rngs,
     ):
-        """Makes the layer: arguments as in `GlimpseAttention`.
+        """Makes the layer.
+
+        Args:
+          num_features: F, of the features that decide.
+          glimpse_shape: rows and columns of a glimpse.
+          num_glimpses: g.
+          initial_size: in (0, 1), the part of each axis that the first glimpses cover, centred.
+          rngs: the stream `params`.
 
         Raises:
           ValueError: an argument is out of range.
@@ -311,11 +318,16 @@ class ReinforceGlimpses(nnx.Module):
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
-        """Makes the layer: arguments as in `GlimpseAttention`, and
+        """Makes the layer.
 
         Args:
+          num_features: F, of the features that decide.
+          glimpse_shape: rows and columns of a glimpse.
+          num_glimpses: g.
           policy_sigma: > 0, of the Gaussian around every centre, in raw numbers (tanh of them is
             a position).
+          deterministic: looks at the means; `nnx.view(model, deterministic=True)` for evaluation.
+          rngs: the streams `params` and `sample`.
 
         Raises:
           ValueError: an argument is out of range.
@@ -346,9 +358,9 @@ class ReinforceGlimpses(nnx.Module):
         indices = round_means(_rows(means), shape)[..., None, :]
         values = jnp.ones(indices.shape[:-1], means.dtype)
         patches = _read(images, indices, values, means)
-        return Glimpses(patches, means, _no_sigmas(means), log_prob, baseline)
+        return Glimpses(patches, means, _no_sigmas(means), log_prob=log_prob, baseline=baseline)
 
-    def set_view(self, deterministic: bool | None = None):
+    def set_view(self, *, deterministic: bool | None = None):
         """Called by `nnx.view`.
 
         Args:
