@@ -220,10 +220,14 @@ from hyperlayer_jax import nn
 rngs = nnx.Rngs(0)
 model = {build}
 leaves = lambda out: jax.tree.leaves(out)[-1]
-@nnx.jit
-def step(model):
-    return leaves(model({arguments})).sum(), model
-y, model = step(model)
+graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+@jax.jit
+def step(params, rest):
+    model = nnx.merge(graphdef, params, rest, copy=True)
+    y = leaves(model({arguments})).sum()
+    return y, nnx.split(model, nnx.Param, ...)[2]
+y, rest = step(params, rest)
+model = nnx.merge(graphdef, params, rest)
 stream = model.layer.rngs if hasattr(model, "layer") else model.rngs
 assert stream.count[...] == 1 and jnp.isfinite(y)
 leaves(nnx.view(model, deterministic=True)({arguments}))
