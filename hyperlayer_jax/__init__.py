@@ -3,6 +3,7 @@
 P. Bloem, "Learning sparse transformations through backpropagation", arXiv 1810.09184.
 """
 
+from hyperlayer_jax.attention import sparse_attention
 from hyperlayer_jax.density import redistribute
 from hyperlayer_jax.hyperlayer import apply_template, discretize, round_tuples
 from hyperlayer_jax.sampling import duplicate_mask, sample_indices
@@ -25,6 +26,7 @@ __all__ = [
     "round_tuples",
     "sample_indices",
     "soft_quicksort",
+    "sparse_attention",
     "sparse_softmax",
     "todense",
     "transform_means",

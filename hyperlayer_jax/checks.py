@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from hyperlayer_jax.types import IndexTuples
+from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
 
 INT32_MAX = 2**31 - 1
 
@@ -91,8 +91,41 @@ def check_tuples(tuples: IndexTuples) -> None:
         )
 
 
-def check_where(where: jax.Array, shape: tuple[int, ...]) -> None:
-    """Wants the mask `where` to be bool of `shape`."""
-    if getattr(where, "dtype", None) != jnp.bool_ or where.shape != shape:
-        got = f"{getattr(where, 'dtype', type(where))}{list(getattr(where, 'shape', ()))}"
-        raise ValueError(f"where: got {got}, want bool{list(shape)}")
+def check_mask(name: str, mask: jax.Array, shape: tuple[int, ...]) -> None:
+    """Wants `mask` to be bool of `shape`."""
+    if getattr(mask, "dtype", None) != jnp.bool_ or mask.shape != tuple(shape):
+        got = f"{getattr(mask, 'dtype', type(mask))}{list(getattr(mask, 'shape', ()))}"
+        raise ValueError(f"{name}: got {got}, want bool{list(shape)}")
+
+
+def check_tensor(
+    tensor: SparseTensor | RowSparseTensor,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Returns *B, out_shape and in_shape of a tensor whose arrays fit its static shapes."""
+    if not isinstance(tensor, SparseTensor | RowSparseTensor):
+        raise ValueError(f"tensor: got {type(tensor)}, want a SparseTensor or RowSparseTensor")
+    out_shape = check_shape("tensor.out_shape", tensor.out_shape)
+    in_shape = check_shape("tensor.in_shape", tensor.in_shape)
+    num_rows = check_size("tensor.out_shape", out_shape)
+    check_size("tensor.in_shape", in_shape)
+    by_row = isinstance(tensor, RowSparseTensor)
+    axes = "[*B, rows, p, r]" if by_row else "[*B, n, R]"
+    check_indices("tensor.indices", tensor.indices, 3 if by_row else 2, axes)
+    check_float("tensor.values", tensor.values, 2 if by_row else 1, axes[:-4] + "]")
+    *entries, columns = tensor.indices.shape
+    if tensor.values.shape != tuple(entries):
+        raise ValueError(
+            f"tensor.values: got shape {tensor.values.shape}, "
+            f"want one for each of the indices, {tuple(entries)}"
+        )
+    want = len(in_shape) if by_row else len(out_shape) + len(in_shape)
+    if columns != want:
+        raise ValueError(
+            f"tensor.indices: got {columns} columns, want {want} for out_shape = {out_shape} "
+            f"and in_shape = {in_shape}"
+        )
+    if by_row and entries[-2] != num_rows:
+        raise ValueError(
+            f"tensor.indices: got {entries[-2]} rows, want {num_rows} for out_shape = {out_shape}"
+        )
+    return tuple(entries[: -2 if by_row else -1]), out_shape, in_shape

@@ -43,7 +43,7 @@ def redistribute(
         )
     allowed = ~duplicate_mask(indices)
     if where is not None:
-        checks.check_where(where, (*leading, m))
+        checks.check_mask("where", where, (*leading, m))
         allowed &= where
 
     dtype = compute_dtype(tuples.values.dtype)

@@ -77,7 +77,7 @@ def round_tuples(
     if where is None:
         return indices, tuples.values
     allowed = where(indices)
-    checks.check_where(allowed, tuples.values.shape)
+    checks.check_mask("where", allowed, tuples.values.shape)
     return indices, jnp.where(allowed, tuples.values, 0)
 
 

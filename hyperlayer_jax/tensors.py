@@ -31,7 +31,7 @@ def contract(
       ValueError: an argument has the wrong shape or dtype, or `implementation` is unknown.
       NotImplementedError: the backend named cannot do this.
     """
-    leading, out_shape, in_shape = _check_tensor(tensor)
+    leading, out_shape, in_shape = checks.check_tensor(tensor)
     checks.check_float("x", x, len(leading) + len(in_shape), "[*B, *in_shape, *D]")
     want = (*leading, *in_shape)
     if x.shape[: len(want)] != want:
@@ -72,7 +72,7 @@ def todense(tensor: SparseTensor | RowSparseTensor) -> jax.Array:
     Raises:
       ValueError: the tensor's arrays do not fit its shapes, or the result is too large to index.
     """
-    leading, out_shape, in_shape = _check_tensor(tensor)
+    leading, out_shape, in_shape = checks.check_tensor(tensor)
     size = checks.check_size("tensor", (*out_shape, *in_shape))
     rows, columns = _rows_and_columns(tensor)
     place = (rows * math.prod(in_shape) + columns).reshape(math.prod(leading), rows.shape[-1])
@@ -93,7 +93,7 @@ def transpose(tensor: SparseTensor | RowSparseTensor) -> SparseTensor:
     Raises:
       ValueError: the tensor's arrays do not fit its shapes.
     """
-    _check_tensor(tensor)
+    checks.check_tensor(tensor)
     indices, values = tensor.indices, tensor.values
     num_out = len(tensor.out_shape)
     if isinstance(tensor, RowSparseTensor):
@@ -122,7 +122,7 @@ def sparse_softmax(
     Raises:
       ValueError: the tensor's arrays do not fit its shapes.
     """
-    leading, out_shape, _ = _check_tensor(tensor)
+    leading, out_shape, _ = checks.check_tensor(tensor)
     dtype = tensor.values.dtype
     logits = tensor.values.astype(compute_dtype(dtype))
     if isinstance(tensor, RowSparseTensor):
@@ -144,37 +144,6 @@ def _segment_softmax(rows, logits, num_rows):
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0)[rows])
     total = jnp.zeros(num_rows, logits.dtype).at[rows].add(weights)
     return weights / jnp.where(total > 0, total, 1)[rows]
-
-
-def _check_tensor(tensor):
-    """Returns *B, out_shape and in_shape of a tensor whose arrays fit its static shapes."""
-    if not isinstance(tensor, SparseTensor | RowSparseTensor):
-        raise ValueError(f"tensor: got {type(tensor)}, want a SparseTensor or RowSparseTensor")
-    out_shape = checks.check_shape("tensor.out_shape", tensor.out_shape)
-    in_shape = checks.check_shape("tensor.in_shape", tensor.in_shape)
-    num_rows = checks.check_size("tensor.out_shape", out_shape)
-    checks.check_size("tensor.in_shape", in_shape)
-    by_row = isinstance(tensor, RowSparseTensor)
-    axes = "[*B, rows, p, r]" if by_row else "[*B, n, R]"
-    checks.check_indices("tensor.indices", tensor.indices, 3 if by_row else 2, axes)
-    checks.check_float("tensor.values", tensor.values, 2 if by_row else 1, axes[:-4] + "]")
-    *entries, columns = tensor.indices.shape
-    if tensor.values.shape != tuple(entries):
-        raise ValueError(
-            f"tensor.values: got shape {tensor.values.shape}, "
-            f"want one for each of the indices, {tuple(entries)}"
-        )
-    want = len(in_shape) if by_row else len(out_shape) + len(in_shape)
-    if columns != want:
-        raise ValueError(
-            f"tensor.indices: got {columns} columns, want {want} for out_shape = {out_shape} "
-            f"and in_shape = {in_shape}"
-        )
-    if by_row and entries[-2] != num_rows:
-        raise ValueError(
-            f"tensor.indices: got {entries[-2]} rows, want {num_rows} for out_shape = {out_shape}"
-        )
-    return tuple(entries[: -2 if by_row else -1]), out_shape, in_shape
 
 
 def _ravel(indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:

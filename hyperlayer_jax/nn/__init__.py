@@ -1,5 +1,6 @@
 """Flax NNX modules on top of the functional API."""
 
+from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
 from hyperlayer_jax.nn.glimpse import (
     GlimpseAttention,
     Glimpses,
@@ -13,8 +14,10 @@ from hyperlayer_jax.nn.glimpse import (
 )
 from hyperlayer_jax.nn.hyperlayer import FreeTuples, HyperLayer, SparseLinear
 from hyperlayer_jax.nn.sort import SoftQuicksort
+from hyperlayer_jax.nn.transformer import TransformerLM, generate
 
 __all__ = [
+    "AttentionCache",
     "FreeTuples",
     "GlimpseAttention",
     "Glimpses",
@@ -22,10 +25,13 @@ __all__ = [
     "ReinforceGlimpses",
     "SoftQuicksort",
     "SparseLinear",
+    "SparseSelfAttention",
     "SpatialTransformer",
+    "TransformerLM",
     "affine_means",
     "bilinear",
     "box_means",
+    "generate",
     "quad_means",
     "reinforce_loss",
 ]

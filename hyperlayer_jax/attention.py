@@ -1,0 +1,208 @@
+"""Attention over the points of a sparse pattern."""
+
+import jax
+import jax.numpy as jnp
+
+from hyperlayer_jax import checks, kernels
+from hyperlayer_jax.tensors import sparse_softmax
+from hyperlayer_jax.types import RowSparseTensor, SparseTensor, compute_dtype
+
+# A smaller weight is none: its gradient, of the order of its inverse, must stay finite.
+_MIN_WEIGHT = 1e-30
+# Added to logits of blocks where a key is masked: as good as -inf, and representable everywhere.
+_MASKED = -1e9
+
+
+def sparse_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    pattern: RowSparseTensor | SparseTensor,
+    *,
+    causal: bool = False,
+    mask: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention of every query over the keys that a sparse pattern gives it.
+
+    out[i] = sum over the entries (i, j, w) of softmax(q[i] . k[j] / sqrt(H) + log w) v[j], the
+    softmax over the entries of row i (equation 12 of docs/method.md). So an entry of weight 0 does
+    not exist, and the weights of entries at the same place add up. Gradients reach the weights.
+
+    The pattern is one of
+
+    - `RowSparseTensor` [*P, T, p] of out_shape (T,) and in_shape (S,): every query owns p entries;
+    - `SparseTensor` [*P, n] of the same shapes: entries anywhere in the T x S plane;
+    - `RowSparseTensor` [*P, T / b, p] of out_shape (T / b,) and in_shape (S / b,), b > 1: every b
+      consecutive queries see the same p blocks of b consecutive keys. Nothing is gathered key by
+      key, which is what matrix units want.
+
+    Its leading axes *P are (B, N) for a pattern per head, (B,) for one that all heads share, or ()
+    for one that all examples share too. Entries outside the plane are absent.
+
+    Args:
+      query: float [B, T, N, H].
+      key: float [B, S, K, H], of the dtype of the query. Each of the K heads serves N / K
+        consecutive heads of the query.
+      value: float [B, S, K, D], of the dtype of the query.
+      pattern: see above; weights >= 0 of any floating dtype. Those below 1e-30 count as 0.
+      causal: hides keys j > i from query i, in blocks too. For weights that are normalised over
+        what is visible, forbid the points before that, with the `where` of `discretize`.
+      mask: bool [B, S], the keys that exist; all where None.
+      implementation: the kernel backend, chosen by platform, dtype and shape where None.
+
+    Returns:
+      [B, T, N, D], of the dtype of the query; 0 for a query that sees no key. Computed in float32
+      at least.
+
+    Raises:
+      ValueError: an argument has the wrong shape or dtype, or `implementation` is unknown.
+      NotImplementedError: the backend named cannot do this.
+    """
+    _check(query, key, value, pattern, mask)
+    batch, length, heads, width = query.shape
+    key_heads = key.shape[2]
+    block = length // pattern.out_shape[0]
+    indices, weights = _per_head(pattern, batch, heads)
+    query, key, value = (jnp.moveaxis(x, 1, 2) for x in (query, key, value))
+    query = query * jnp.asarray(width**-0.5, query.dtype)
+
+    if block > 1:
+        key, value = (jnp.repeat(x, heads // key_heads, axis=1) for x in (key, value))
+        out = _over_blocks(
+            query, key, value, indices[..., 0], weights, block, causal, mask, implementation
+        )
+        return jnp.moveaxis(out, 1, 2)
+
+    by_row = isinstance(pattern, RowSparseTensor)
+    columns = indices[..., -1]
+    rows = jnp.arange(length, dtype=jnp.int32)[None, None, :, None] if by_row else indices[..., 0]
+    hidden = weights < _MIN_WEIGHT
+    if causal:
+        hidden |= columns > rows
+    if mask is not None:
+        hidden |= ~at_keys(mask, columns)
+    log_weights = _log(weights, hidden)
+
+    # The heads of a group see the same keys: their queries are the rows of one longer matrix.
+    groups = heads // key_heads
+    query = query.reshape(batch, key_heads, groups * length, width)
+    if by_row:
+        grouped = (batch, key_heads, groups * length, -1)
+        columns, log_weights = (x.reshape(grouped) for x in (columns, log_weights))
+        log_weights = log_weights.astype(query.dtype)
+        out = kernels.gathered_attention(
+            query, key, value, columns, log_weights, implementation=implementation
+        )
+    else:
+        log_weights = jnp.where((rows >= 0) & (rows < length), log_weights, -jnp.inf)
+        first = jnp.arange(heads, dtype=jnp.int32) % groups * length
+        rows = jnp.clip(rows, 0, length - 1) + first[None, :, None]
+        grouped = (batch, key_heads, -1)
+        entries = (x.reshape(grouped) for x in (rows, columns, log_weights))
+        out = _over_entries(query, key, value, *entries, implementation)
+    return jnp.moveaxis(out.reshape(batch, heads, length, -1), 1, 2)
+
+
+def _per_head(pattern, batch, heads):
+    """The indices and weights of a pattern with the leading axes (batch, heads)."""
+    missing = 2 - len(checks.check_tensor(pattern)[0])
+
+    def spread(x):
+        x = x[:, None] if missing == 1 else x[(None,) * missing]
+        return jnp.broadcast_to(x, (batch, heads, *x.shape[2:]))
+
+    return spread(pattern.indices), spread(pattern.values)
+
+
+def _log(weights, hidden):
+    """log(weights), -inf where hidden, with a finite gradient everywhere."""
+    return jnp.where(hidden, -jnp.inf, jnp.log(jnp.where(hidden, 1, weights)))
+
+
+def at_keys(mask: jax.Array, columns: jax.Array) -> jax.Array:
+    """A mask [B, S] at columns int32 [B, ...], those outside clipped: bool [B, ...]."""
+    batch = jnp.arange(mask.shape[0], dtype=jnp.int32)
+    batch = batch.reshape(-1, *(1,) * (columns.ndim - 1))
+    return mask.at[batch, columns].get(mode="clip", wrap_negative_indices=False)
+
+
+def _over_entries(query, key, value, rows, columns, log_weights, implementation):
+    """`kernels.gathered_attention` of entries [*B, n] in any order, rows inside the query."""
+    shape = (query.shape[-2],), (key.shape[-2],)
+    dtype = compute_dtype(query.dtype)
+    q, k, v = (x.astype(dtype) for x in (query, key, value))
+    logits = kernels.sddmm(rows, columns, q, k, implementation=implementation)
+    inside = (columns >= 0) & (columns < key.shape[-2])
+    logits = jnp.where(inside, logits + log_weights.astype(dtype), -jnp.inf)
+    weights = sparse_softmax(SparseTensor(jnp.stack([rows, columns], -1), logits, *shape)).values
+    out = kernels.spmm(
+        rows, columns, weights, v, num_rows=shape[0][0], implementation=implementation
+    )
+    return out.astype(query.dtype)
+
+
+def _over_blocks(query, key, value, indices, weights, block, causal, mask, implementation):
+    """`kernels.block_attention`, with keys that a mask [B, S] hides one by one."""
+    if mask is not None:
+        # A feature more: of keys, whether they are hidden; of values, whether they are seen.
+        seen = jnp.broadcast_to(mask[:, None, :, None], (*key.shape[:-1], 1))
+        query = jnp.pad(query, [(0, 0)] * 3 + [(0, 1)], constant_values=1)
+        key = jnp.concatenate([key, jnp.where(seen, 0, _MASKED).astype(key.dtype)], -1)
+        value = jnp.concatenate([value, seen.astype(value.dtype)], -1)
+    log_weights = _log(weights, weights < _MIN_WEIGHT).astype(query.dtype)
+    out = kernels.block_attention(
+        query,
+        key,
+        value,
+        indices,
+        log_weights,
+        block=block,
+        causal=causal,
+        implementation=implementation,
+    )
+    if mask is None:
+        return out
+    return jnp.where(out[..., -1:] > 0.5, out[..., :-1], 0)
+
+
+def _check(query, key, value, pattern, mask):
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        checks.check_float(name, x, 4, "[B, length, heads, features]")
+        if x.ndim != 4 or x.shape[0] != query.shape[0]:
+            raise ValueError(f"{name}: got shape {x.shape}, want [B, length, heads, features]")
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name}: got {x.dtype}, want that of the query, {query.dtype}")
+    batch, length, heads, width = query.shape
+    _, key_length, key_heads, key_width = key.shape
+    if key_width != width or key_heads == 0 or heads % key_heads:
+        raise ValueError(
+            f"key: got shape {key.shape}, want [B, S, K, {width}] with K a divisor of the query's "
+            f"{heads} heads"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value: got shape {value.shape}, want [*{key.shape[:3]}, D]")
+    if mask is not None:
+        checks.check_mask("mask", mask, (batch, key_length))
+
+    leading, out_shape, in_shape = checks.check_tensor(pattern)
+    if leading not in ((), (batch,), (batch, heads)):
+        raise ValueError(
+            f"pattern: got leading axes {leading}, want (), ({batch},) or ({batch}, {heads})"
+        )
+    shape = (length, key_length)
+    if len(out_shape) != 1 or len(in_shape) != 1:
+        raise ValueError(f"pattern: got {out_shape} by {in_shape}, want one axis each")
+    if (*out_shape, *in_shape) == shape:
+        return
+    in_blocks = (
+        isinstance(pattern, RowSparseTensor)
+        and length % out_shape[0] == 0
+        and key_length % in_shape[0] == 0
+        and length // out_shape[0] == key_length // in_shape[0]
+    )
+    if not in_blocks:
+        raise ValueError(
+            f"pattern: got {out_shape} by {in_shape}, want {shape} of query and key, or a "
+            "RowSparseTensor with both divided by the size of a block"
+        )

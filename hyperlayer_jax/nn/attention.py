@@ -1,0 +1,452 @@
+"""Self-attention over learned positions, with the patterns that it is compared to."""
+
+import dataclasses
+import typing
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hyperlayer_jax import checks
+from hyperlayer_jax.attention import at_keys, sparse_attention
+from hyperlayer_jax.hyperlayer import discretize, round_tuples
+from hyperlayer_jax.nn.positions import HIDDEN, FreeEntries, FreePositions, LearnedPositions
+from hyperlayer_jax.types import RowSparseTensor, SparseTensor
+
+Pattern = Literal["learned", "static", "learned2d", "strided", "window", "block", "dense"]
+
+_ROTARY_BASE = 10_000.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionCache:
+    """What `SparseSelfAttention.extend` remembers of the tokens before.
+
+    Attributes:
+      length: int32 [], how many tokens there were.
+      keys: [B, max_length, K, H]; those from `length` on are not yet written.
+      values: [B, max_length, K, H].
+      others: float32 [B, HIDDEN], the sum of what the position network reads of them; None for a
+        pattern without one.
+      raw: float32 [B, heads, blocks, k, 2], what the network said for each block when it began;
+        None but for the pattern "block".
+    """
+
+    length: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    others: jax.Array | None
+    raw: jax.Array | None
+
+
+class SparseSelfAttention(nnx.Module):
+    """Self-attention in which every token attends to a few positions that are learned.
+
+    In training, points are sampled around the positions, and their weights carry gradients; where
+    deterministic, positions are rounded, so that each token attends to `num_tuples` keys. The cost
+    of both grows linearly with the length, for all patterns but "dense":
+
+    - "learned": a small network reads the token, its place and the mean of all tokens up to it (of
+      all tokens where not causal), and says how far away to look, and how widely.
+    - "static": distances that are parameters, the same for every token.
+    - "learned2d": rows and columns of the attention matrix are both parameters.
+    - "strided": "learned", for one token in every `stride`; the others see only themselves.
+    - "window": the last `window` tokens, or those around where not causal.
+    - "block": "learned" on a coarser grid: every `block` consecutive tokens attend to their own
+      block and to `num_tuples` learned ones of the same size, which no unit gathers key by key.
+    - "dense": all tokens, by `jax.nn.dot_product_attention`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        max_length: int,
+        *,
+        pattern: Pattern = "learned",
+        causal: bool = True,
+        num_kv_heads: int | None = None,
+        num_tuples: int = 4,
+        num_global: int = 4,
+        num_local: int = 2,
+        region: int = 8,
+        min_sigma: float = 0.1,
+        window: int = 32,
+        stride: int = 8,
+        block: int = 64,
+        shared: bool = False,
+        rotary: bool = True,
+        dtype: jnp.dtype | None = None,
+        deterministic: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the layer.
+
+        Args:
+          features: E, of the input and the output.
+          num_heads: N, heads of the query, of E / N features each.
+          max_length: the most tokens that there can be; learned distances range over it.
+          pattern: see the class.
+          causal: no token attends to a later one.
+          num_kv_heads: K, heads of keys and values, each serving N / K of the query; N where None.
+          num_tuples: k, the learned positions of each token and head ("learned2d": of each row of
+            the attention matrix; "block": of each block).
+          num_global: points per tuple drawn from all positions, in training.
+          num_local: points per tuple drawn from its region, in training.
+          region: positions around a mean that count as near.
+          min_sigma: the smallest sigma, in positions.
+          window: the tokens that "window" sees.
+          stride: one token in so many looks back in "strided".
+          block: tokens in a block of "block".
+          shared: all heads share one pattern.
+          rotary: turns queries and keys by their position, so that logits can tell distances.
+          dtype: of the computation; that of the input where None. Positions are always float32.
+          deterministic: rounds positions; `nnx.view(model, deterministic=True)` for evaluation.
+          rngs: the streams `params` and `sample`.
+
+        Raises:
+          ValueError: a size is out of range or does not divide another, or `pattern` is unknown.
+        """
+        for name, size in (
+            ("features", features), ("num_heads", num_heads), ("max_length", max_length),
+            ("num_tuples", num_tuples), ("region", region), ("window", window),
+            ("stride", stride), ("block", block), ("num_kv_heads", num_kv_heads or num_heads),
+        ):  # fmt: skip
+            if checks.check_count(name, size) == 0:
+                raise ValueError(f"{name}: got 0, want an int >= 1")
+        num_kv_heads = num_kv_heads or num_heads
+        if pattern not in typing.get_args(Pattern):
+            names = ", ".join(map(repr, typing.get_args(Pattern)))
+            raise ValueError(f"pattern: got {pattern!r}, want one of {names}")
+        if features % num_heads or num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads: got {num_heads}, want a divisor of features, {features}, and a "
+                f"multiple of num_kv_heads, {num_kv_heads}"
+            )
+        if rotary and (features // num_heads) % 2:
+            raise ValueError(f"features: got {features}, want an even number per head for rotary")
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_features = features // num_heads
+        self.max_length = max_length
+        self.kind = pattern
+        self.causal = causal
+        self.num_global = checks.check_count("num_global", num_global)
+        self.num_local = checks.check_count("num_local", num_local)
+        self.region = region
+        self.min_sigma = min_sigma
+        self.window, self.stride, self.block = window, stride, block
+        self.rotary = rotary
+        self.deterministic = deterministic
+        self.dtype = dtype
+
+        outputs = (num_heads + 2 * num_kv_heads) * self.head_features
+        self.project = nnx.Linear(features, outputs, use_bias=False, dtype=dtype, rngs=rngs)
+        self.merge = nnx.Linear(features, features, use_bias=False, dtype=dtype, rngs=rngs)
+        # The index space: tokens, or blocks of them.
+        self.size = -(-max_length // block) if pattern == "block" else max_length
+        heads = 1 if shared else num_heads
+        options = {"causal": causal, "min_sigma": min_sigma}
+        if pattern in ("learned", "strided", "block"):
+            self.positions = LearnedPositions(
+                features, heads, num_tuples, self.size, **options, rngs=rngs
+            )
+        elif pattern == "static":
+            self.positions = FreePositions(heads, num_tuples, self.size, **options)
+        elif pattern == "learned2d":
+            self.positions = FreeEntries(heads, num_tuples, self.size, **options)
+        else:
+            self.positions = nnx.data(None)
+        self.rngs = rngs["sample"].fork()
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Maps tokens to tokens.
+
+        Args:
+          x: float [B, T, E], T at most max_length.
+          mask: bool [B, T], the tokens that exist; all where None. The others are not attended
+            to, and get 0.
+
+        Returns:
+          [B, T, E], of the dtype of the computation.
+
+        Raises:
+          ValueError: x or mask has the wrong shape or dtype.
+        """
+        pattern = self.pattern(x, mask=mask)
+        length = x.shape[1]
+        query, key, value = self._project(x, jnp.arange(length, dtype=jnp.int32))
+        if self.kind == "dense":
+            out = self._dense(query, key, value, mask)
+        elif self.kind == "strided":
+            out = self._own_values(value)
+            if pattern is not None:
+                rows = np.s_[:, self.stride - 1 :: self.stride]
+                seen = sparse_attention(query[rows], key, value, pattern, mask=mask)
+                out = out.at[rows].set(seen)
+        elif self.kind == "block":
+            padding = [(0, 0), (0, -length % self.block)]
+            exists = mask
+            if not self.causal and mask is None and padding[1][1]:
+                exists = jnp.ones(x.shape[:2], bool)
+            exists = None if exists is None else jnp.pad(exists, padding)
+            padded = (jnp.pad(y, [*padding, (0, 0), (0, 0)]) for y in (query, key, value))
+            out = sparse_attention(*padded, pattern, causal=self.causal, mask=exists)[:, :length]
+        else:
+            out = sparse_attention(query, key, value, pattern, mask=mask)
+        out = self.merge(out.reshape(*x.shape[:2], -1))
+        return out if mask is None else jnp.where(mask[..., None], out, 0)
+
+    def pattern(
+        self, x: jax.Array, *, mask: jax.Array | None = None
+    ) -> RowSparseTensor | SparseTensor | None:
+        """The pattern over which tokens attend: what a picture of the layer shows.
+
+        Args:
+          x: float [B, T, E].
+          mask: bool [B, T], the tokens that exist; all where None.
+
+        Returns:
+          As `sparse_attention` takes it: T by T, but that "strided" has only the rows that look
+          back, T // stride of them, and "block" is a pattern of blocks. None for "dense", and for
+          "strided" where no token looks back.
+
+        Raises:
+          ValueError: x or mask has the wrong shape or dtype.
+        """
+        self._check(x, mask)
+        length = x.shape[1]
+        rows = jnp.arange(length, dtype=jnp.int32)
+        if self.kind == "dense" or (self.kind == "strided" and length < self.stride):
+            return None
+        if self.kind == "learned2d":
+            return self._entries(rows, len(x), length, mask)
+        others = self._others(x, mask)
+        if self.kind == "block":
+            first = np.s_[:, :: self.block]
+            x, others = x[first], others[first]
+            rows = rows[: x.shape[1]]
+            blocks, weights = self._blocks(self.positions.raw(x, others, rows), rows, rows.size)
+            return RowSparseTensor(blocks[..., None], weights, (rows.size,), (rows.size,))
+        if self.kind == "strided":
+            looks_back = np.s_[self.stride - 1 :: self.stride]
+            x, others, rows = x[:, looks_back], others[:, looks_back], rows[looks_back]
+        return self._rows(x, others, rows, length, mask)
+
+    def init_cache(self, batch: int, dtype: jnp.dtype = jnp.float32) -> AttentionCache:
+        """An empty cache for `extend`.
+
+        Args:
+          batch: B, how many sequences of up to max_length tokens.
+          dtype: of keys and values, that of the computation.
+
+        Returns:
+          A cache of length 0.
+
+        Raises:
+          ValueError: the layer is not causal.
+        """
+        if not self.causal:
+            raise ValueError("causal: got False, want a causal layer for a cache")
+        shape = (batch, self.max_length, self.num_kv_heads, self.head_features)
+        others = raw = None
+        if isinstance(self.positions, LearnedPositions):
+            others = jnp.zeros((batch, HIDDEN))
+        if self.kind == "block":
+            heads, tuples = self.positions.free.means.shape
+            raw = jnp.zeros((batch, heads, self.size, tuples, 2))
+        return AttentionCache(
+            jnp.zeros((), jnp.int32), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), others, raw
+        )
+
+    def extend(self, x: jax.Array, cache: AttentionCache) -> tuple[jax.Array, AttentionCache]:
+        """Maps the tokens that follow those in the cache, as `__call__` maps the whole sequence.
+
+        Args:
+          x: float [B, T, E]; with those before, at most max_length tokens.
+          cache: from `init_cache`, or from the call for the tokens before.
+
+        Returns:
+          [B, T, E], and the cache with these tokens in it.
+
+        Raises:
+          ValueError: x has the wrong shape or dtype.
+        """
+        self._check(x, None)
+        length = x.shape[1]
+        rows = cache.length + jnp.arange(length, dtype=jnp.int32)
+        query, key, value = self._project(x, rows)
+
+        def write(old, new):
+            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, 1)
+
+        keys, values = write(cache.keys, key), write(cache.values, value)
+        others, total, raw = None, cache.others, cache.raw
+        if total is not None:
+            sums = total[:, None] + jnp.cumsum(self.positions.read(x), axis=1)
+            total, others = sums[:, -1], sums / (rows + 1).astype(sums.dtype)[None, :, None]
+        if self.kind == "dense":
+            seen = jnp.arange(self.max_length, dtype=jnp.int32)[None] <= rows[:, None]
+            out = jax.nn.dot_product_attention(query, keys, values, mask=seen[None, None])
+        else:
+            if self.kind == "learned2d":
+                pattern = self._entries(rows, len(x), self.max_length, None)
+            elif self.kind == "block":
+                raw, pattern = self._cached_blocks(x, others, rows, raw)
+            else:
+                pattern = self._rows(x, others, rows, self.max_length, None)
+            out = sparse_attention(query, keys, values, pattern)
+        if self.kind == "strided":
+            looks_back = ((rows + 1) % self.stride == 0)[None, :, None, None]
+            out = jnp.where(looks_back, out, self._own_values(value))
+        cache = AttentionCache(cache.length + length, keys, values, total, raw)
+        return self.merge(out.reshape(*x.shape[:2], -1)), cache
+
+    def set_view(self, *, deterministic: bool | None = None):
+        """Called by `nnx.view`.
+
+        Args:
+          deterministic: rounds positions instead of sampling around them.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _check(self, x, mask):
+        checks.check_float("x", x, 3, "[B, T, E]")
+        if x.ndim != 3 or not 1 <= x.shape[1] <= self.max_length:
+            raise ValueError(
+                f"x: got shape {x.shape}, want [B, T, E] with T from 1 to {self.max_length}"
+            )
+        if mask is not None:
+            checks.check_mask("mask", mask, x.shape[:2])
+
+    def _project(self, x, rows):
+        """Queries [B, T, N, H], keys and values [B, T, K, H] of tokens x [B, T, E]."""
+        heads = np.cumsum([self.num_heads, self.num_kv_heads, self.num_kv_heads])
+        out = self.project(x).reshape(*x.shape[:2], heads[-1], self.head_features)
+        query, key, value = jnp.split(out, heads[:2], axis=2)
+        if self.rotary:
+            query, key = rotate(query, rows), rotate(key, rows)
+        return query, key, value
+
+    def _dense(self, query, key, value, mask):
+        seen = None if mask is None else mask[:, None, None]
+        return jax.nn.dot_product_attention(query, key, value, mask=seen, is_causal=self.causal)
+
+    def _own_values(self, value):
+        """What each head gets where a token sees only itself: [B, T, N, H]."""
+        return jnp.repeat(value, self.num_heads // self.num_kv_heads, axis=2)
+
+    def _others(self, x, mask):
+        """What the position network reads of the tokens x that each may see: [B, T, HIDDEN]."""
+        if not isinstance(self.positions, LearnedPositions):
+            return None
+        exists = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
+        read = self.positions.read(x) * exists[..., None]
+        if self.causal:
+            total, count = jnp.cumsum(read, axis=1), jnp.cumsum(exists, axis=1)
+        else:
+            total, count = read.sum(1, keepdims=True), exists.sum(1, keepdims=True)
+        return jnp.broadcast_to(total / jnp.maximum(count, 1)[..., None], read.shape)
+
+    def _rows(self, x, others, rows, length, mask):
+        """The pattern of tokens x [B, R, E] at int32 `rows` [R], over `length` keys."""
+        if self.kind == "window":
+            back = self.window - 1 if self.causal else self.window // 2
+            columns = rows[:, None] + jnp.arange(self.window, dtype=jnp.int32)[None] - back
+            weights = jnp.ones(columns.shape)
+            return RowSparseTensor(columns[..., None], weights, (rows.size,), (length,))
+        if self.kind == "static":
+            free, raw = self.positions, self.positions.raw()[None]
+            raw = jnp.broadcast_to(raw, (len(x), raw.shape[1], rows.size, *raw.shape[3:]))
+        else:
+            free, raw = self.positions.free, self.positions.raw(x, others, rows)
+
+        def visible(indices):
+            columns = indices[..., 0]
+            seen = columns >= 0 if mask is None else at_keys(mask, columns)
+            return seen & (columns <= rows[None, None, :, None]) if self.causal else seen
+
+        indices, weights = self._points(free.tuples(raw, rows), (length,), visible)
+        return RowSparseTensor(indices, weights, (rows.size,), (length,))
+
+    def _entries(self, rows, batch, length, mask):
+        """The pattern "learned2d" of tokens at consecutive int32 `rows` [R], over `length` keys."""
+        tuples = self.positions.tuples()
+        tuples = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), tuples)
+
+        def visible(indices):
+            row, column = indices[..., 0], indices[..., 1]
+            seen = (row < length) & (column < length)
+            if mask is not None:
+                seen &= at_keys(mask, column)
+            return seen & (column <= row) if self.causal else seen
+
+        indices, weights = self._points(tuples, (self.size, self.size), visible)
+        indices = indices.at[..., 0].add(-rows[0])
+        leading, n = weights.shape[:-2], weights.shape[-2] * weights.shape[-1]
+        indices, weights = indices.reshape(*leading, n, 2), weights.reshape(*leading, n)
+        return SparseTensor(indices, weights, (rows.size,), (length,))
+
+    def _blocks(self, raw, rows, size):
+        """Of blocks at int32 `rows` [R]: their own block and learned ones, among `size`."""
+
+        def visible(indices):
+            own = rows[None, None, :, None]
+            return indices[..., 0] < own if self.causal else indices[..., 0] != own
+
+        indices, weights = self._points(self.positions.free.tuples(raw, rows), (size,), visible)
+        own = rows.reshape((1,) * (weights.ndim - 2) + (-1, 1))
+        own = jnp.broadcast_to(own, (*weights.shape[:-1], 1))
+        columns = jnp.concatenate([own, indices[..., 0]], -1)
+        return columns, jnp.concatenate([jnp.ones(own.shape), weights], -1)
+
+    def _cached_blocks(self, x, others, rows, raw):
+        """Raw positions with those of the blocks that begin here, and the pattern of the tokens."""
+        own = rows // self.block
+        begins = jnp.where(rows % self.block == 0, own, self.size)
+        raw = raw.at[:, :, begins].set(self.positions.raw(x, others, own), mode="drop")
+        blocks, weights = self._blocks(raw[:, :, own], own, self.size)
+        within = jnp.arange(self.block, dtype=jnp.int32).reshape((1,) * blocks.ndim + (-1,))
+        columns = (blocks[..., None] * self.block + within).reshape(*blocks.shape[:-1], -1)
+        weights = jnp.repeat(weights, self.block, axis=-1)
+        past = columns <= rows.reshape((1,) * (columns.ndim - 2) + (-1, 1))
+        weights = jnp.where(past, weights, 0)
+        return raw, RowSparseTensor(columns[..., None], weights, (rows.size,), (self.max_length,))
+
+    def _points(self, tuples, shape, where):
+        """Points and weights of tuples [B, heads, R, k, r], without the heads axis if shared."""
+        if self.deterministic:
+            points = round_tuples(tuples, shape, where=where)
+        else:
+            points = discretize(
+                self.rngs(),
+                tuples,
+                shape,
+                num_global=self.num_global,
+                num_local=self.num_local,
+                region=self.region,
+                where=where,
+            )
+        return tuple(x[:, 0] for x in points) if points[0].shape[1] == 1 else points
+
+
+def rotate(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Turns pairs of features by angles in proportion to the position (arXiv 2104.09864).
+
+    Args:
+      x: float [B, T, N, H], H even.
+      rows: int32 [T], the positions.
+
+    Returns:
+      [B, T, N, H], of the dtype of x.
+    """
+    half = x.shape[-1] // 2
+    rates = jnp.asarray(_ROTARY_BASE ** (-np.arange(half) / half), jnp.float32)
+    angles = (rows.astype(jnp.float32)[:, None] * rates[None])[None, :, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+    return turned.astype(x.dtype)

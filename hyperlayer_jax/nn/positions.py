@@ -1,0 +1,152 @@
+"""Hypernetworks of attention: where to look, relative to the token that looks.
+
+Each is made for an index space of `size` positions (tokens, or blocks of them), and says for each
+of `num_heads` heads and `num_tuples` tuples how far away to look, and how widely.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hyperlayer_jax.types import IndexTuples
+
+HIDDEN = 64
+
+
+class FreePositions(nnx.Module):
+    """Distances that are parameters, the same for every token.
+
+    They are spread evenly on a logarithmic scale at first, from next door to the far end.
+    """
+
+    def __init__(
+        self, num_heads: int, num_tuples: int, size: int, *, causal: bool, min_sigma: float
+    ):
+        """Makes the parameters.
+
+        Args:
+          num_heads: heads with positions of their own.
+          num_tuples: k, the tuples of each head.
+          size: the length of the index space.
+          causal: looks back alone, otherwise either way.
+          min_sigma: the smallest sigma, in positions.
+        """
+        self.size, self.causal, self.min_sigma = size, causal, min_sigma
+        share = (np.arange(num_tuples * num_heads) + 0.5) / (num_tuples * num_heads)
+        share = share.reshape(num_tuples, num_heads).T
+        self.means = nnx.Param(jnp.asarray(np.log(share / (1 - share)), jnp.float32))
+        self.sigmas = nnx.Param(jnp.zeros((num_heads, num_tuples)))
+
+    def raw(self) -> jax.Array:
+        """The parameters as one array [num_heads, 1, k, 2]."""
+        return jnp.stack([self.means[...], self.sigmas[...]], -1)[:, None]
+
+    def tuples(self, raw: jax.Array, rows: jax.Array) -> IndexTuples:
+        """Index tuples for tokens at given positions.
+
+        Args:
+          raw: float32 [*B, num_heads, R, k, 2], like `raw()`, or with something added.
+          rows: int32 [R], the positions of the tokens.
+
+        Returns:
+          Means and sigmas [*B, num_heads, R, k, 1], values of 1. A mean may lie outside of the
+          index space, on the side on which a point at the border is near.
+        """
+        share = jax.nn.sigmoid(raw[..., 0])
+        if not self.causal:
+            share = 2 * share - 1
+        distance = jnp.sign(share) * jnp.expm1(jnp.abs(share) * math.log(self.size))
+        rows = rows.astype(raw.dtype).reshape(-1, 1)
+        means = rows[(None,) * (distance.ndim - 2)] - distance
+        sigmas = jax.nn.softplus(raw[..., 1]) * (0.15 * self.size) + self.min_sigma
+        return IndexTuples(means[..., None], sigmas[..., None], jnp.ones_like(means))
+
+
+class LearnedPositions(nnx.Module):
+    """A small network that reads a token, its place, and the mean of the tokens that it may see.
+
+    It starts as `FreePositions`, to which what it says is added.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        num_tuples: int,
+        size: int,
+        *,
+        causal: bool,
+        min_sigma: float,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the network.
+
+        Args:
+          features: E, of a token.
+          num_heads: see `FreePositions`, as the following.
+          num_tuples: k.
+          size: the length of the index space.
+          causal: looks back alone.
+          min_sigma: the smallest sigma, in positions.
+          rngs: the stream `params`.
+        """
+        self.free = FreePositions(num_heads, num_tuples, size, causal=causal, min_sigma=min_sigma)
+        self.token = nnx.Linear(features, HIDDEN, rngs=rngs)
+        self.others = nnx.Linear(features, HIDDEN, use_bias=False, rngs=rngs)
+        self.place = nnx.Param(jax.random.normal(rngs.params(), (HIDDEN,)))
+        self.out = nnx.Linear(
+            HIDDEN,
+            num_heads * num_tuples * 2,
+            use_bias=False,
+            kernel_init=nnx.initializers.zeros,
+            rngs=rngs,
+        )
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """What the network sees of tokens [*B, E] that are not its own, to be averaged: float32."""
+        return self.others(x.astype(jnp.float32))
+
+    def raw(self, x: jax.Array, others: jax.Array, rows: jax.Array) -> jax.Array:
+        """Raw positions of tokens x [B, R, E] at `rows` int32 [R]: float32 [B, num_heads, R, k, 2].
+
+        Args:
+          x: float [B, R, E].
+          others: float32 [B, R, HIDDEN], means of what `read` returned.
+          rows: int32 [R].
+        """
+        batch, length, _ = x.shape
+        place = rows.astype(jnp.float32)[:, None] / self.free.size * self.place[...][None]
+        hidden = self.token(x.astype(jnp.float32)) + others + place[None]
+        heads, tuples = self.free.means.shape
+        out = self.out(jax.nn.gelu(hidden)).reshape(batch, length, heads, tuples, 2)
+        return jnp.moveaxis(out, 2, 1) + self.free.raw()[None]
+
+
+class FreeEntries(nnx.Module):
+    """Entries of the attention matrix, of which row and column are both parameters.
+
+    Every row begins with `num_tuples` entries, at the distances of `FreePositions`; all of them are
+    free to leave it.
+    """
+
+    def __init__(
+        self, num_heads: int, num_tuples: int, size: int, *, causal: bool, min_sigma: float
+    ):
+        """Makes the parameters; see `FreePositions`."""
+        free = FreePositions(num_heads, num_tuples, size, causal=causal, min_sigma=min_sigma)
+        rows = jnp.arange(size, dtype=jnp.int32)
+        columns = jnp.clip(free.tuples(free.raw(), rows).means[..., 0], 0, size - 1)
+        rows = jnp.broadcast_to(rows.astype(jnp.float32)[None, :, None], columns.shape)
+        share = (jnp.stack([rows, columns], -1) + 0.5) / size
+        self.size, self.min_sigma = size, min_sigma
+        self.means = nnx.Param(jnp.log(share) - jnp.log1p(-share))
+        self.sigmas = nnx.Param(jnp.zeros((*rows.shape, 1)))
+
+    def tuples(self) -> IndexTuples:
+        """Means and sigmas [num_heads, size, k, 2], values of 1: `size` chunks."""
+        means = jax.nn.sigmoid(self.means[...]) * self.size - 0.5
+        sigmas = jax.nn.softplus(self.sigmas[...]) * (0.15 * self.size) + self.min_sigma
+        return IndexTuples(means, jnp.broadcast_to(sigmas, means.shape), jnp.ones(means.shape[:-1]))
