@@ -9,7 +9,7 @@ import pathlib
 import socket
 import typing
 import zlib
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from sklearn import datasets
@@ -95,22 +95,42 @@ def _hold_out(fit: Split, test: Split, source: object) -> Dataset:
     return Dataset(train, validation, test)
 
 
-def _load_tfds(name: str, data_dir: str | None) -> Dataset:
-    idx = "" if name == "svhn_cropped" else ", or --data_dir, a folder with its four IDX files"
+def open_tfds(name: str, data_dir: str | None, *, flag: str, otherwise: str = "") -> Any:
+    """A builder of tensorflow-datasets whose set is prepared, if need be now.
+
+    Args:
+      name: of the set.
+      data_dir: where sets are; their own folder where None.
+      flag: that asked for it, to begin an error with.
+      otherwise: what else the user could do, to end an error with.
+
+    Raises:
+      DataError: it is not installed, has no such set, or cannot prepare it; at once, not after
+        minutes of trying.
+    """
     try:
         import tensorflow_datasets as tfds  # noqa: PLC0415, an extra of ours
     except ImportError as error:
         raise DataError(
-            f"--dataset={name} needs pip install 'hyperlayer_jax[tfds]' ({error}){idx}"
+            f"{flag} needs pip install 'hyperlayer_jax[tfds]' ({error}){otherwise}"
         ) from error
     # It warns of a set that is not prepared, which is what we are about to tell ourselves.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise DataError(f"{flag}: {str(error).splitlines()[0]}{otherwise}") from error
     if not builder.is_prepared():
         problem = _why_not_to_prepare()
         if problem:
-            raise DataError(f"--dataset={name} is not in {builder.data_dir}: {problem}{idx}")
+            raise DataError(f"{flag} is not in {builder.data_dir}: {problem}{otherwise}")
         builder.download_and_prepare()
+    return builder
+
+
+def _load_tfds(name: str, data_dir: str | None) -> Dataset:
+    idx = "" if name == "svhn_cropped" else ", or --data_dir, a folder with its four IDX files"
+    builder = open_tfds(name, data_dir, flag=f"--dataset={name}", otherwise=idx)
     splits = (builder.as_data_source(split) for split in ("train", "test"))
     fit, test = (
         Split(

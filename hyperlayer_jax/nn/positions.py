@@ -11,15 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
 
 HIDDEN = 64
+# Before softplus: a quarter of the index space.
+_FIRST_SIGMA = math.log(math.expm1(2.5))
+_MEAN_GAIN, _SIGMA_GAIN, _NETWORK_GAIN = 4.0, 8.0, 0.1
+
+
+def _logit(share):
+    return np.log(share / (1 - share))
 
 
 class FreePositions(nnx.Module):
     """Distances that are parameters, the same for every token.
 
-    They are spread evenly on a logarithmic scale at first, from next door to the far end.
+    At first they are spread over all of the space, more densely next to the token, and wide enough
+    to feel any other position. Parameters are kept small, so that a step of Adam that suits other
+    weights is a longer one of positions, and one yet longer of sigmas.
     """
 
     def __init__(
@@ -35,14 +45,19 @@ class FreePositions(nnx.Module):
           min_sigma: the smallest sigma, in positions.
         """
         self.size, self.causal, self.min_sigma = size, causal, min_sigma
-        share = (np.arange(num_tuples * num_heads) + 0.5) / (num_tuples * num_heads)
+        share = ((np.arange(num_tuples * num_heads) + 0.5) / (num_tuples * num_heads)) ** 2
         share = share.reshape(num_tuples, num_heads).T
-        self.means = nnx.Param(jnp.asarray(np.log(share / (1 - share)), jnp.float32))
-        self.sigmas = nnx.Param(jnp.zeros((num_heads, num_tuples)))
+        if not causal:
+            share = (1 + share * np.where(np.arange(num_tuples) % 2, 1, -1)) / 2
+        means, sigmas = _logit(share) / _MEAN_GAIN, np.full(share.shape, _FIRST_SIGMA / _SIGMA_GAIN)
+        self.means = nnx.Param(jnp.asarray(means, jnp.float32))
+        self.sigmas = nnx.Param(jnp.asarray(sigmas, jnp.float32))
 
     def raw(self) -> jax.Array:
-        """The parameters as one array [num_heads, 1, k, 2]."""
-        return jnp.stack([self.means[...], self.sigmas[...]], -1)[:, None]
+        """Means and sigmas before they are brought into range: float32 [num_heads, 1, k, 2]."""
+        return jnp.stack([self.means[...] * _MEAN_GAIN, self.sigmas[...] * _SIGMA_GAIN], -1)[
+            :, None
+        ]
 
     def tuples(self, raw: jax.Array, rows: jax.Array) -> IndexTuples:
         """Index tuples for tokens at given positions.
@@ -55,14 +70,13 @@ class FreePositions(nnx.Module):
           Means and sigmas [*B, num_heads, R, k, 1], values of 1. A mean may lie outside of the
           index space, on the side on which a point at the border is near.
         """
-        share = jax.nn.sigmoid(raw[..., 0])
+        raw_means, raw_sigmas = raw[..., :1], raw[..., 1]
+        distance = transform_means(raw_means, (self.size,))
         if not self.causal:
-            share = 2 * share - 1
-        distance = jnp.sign(share) * jnp.expm1(jnp.abs(share) * math.log(self.size))
-        rows = rows.astype(raw.dtype).reshape(-1, 1)
-        means = rows[(None,) * (distance.ndim - 2)] - distance
-        sigmas = jax.nn.softplus(raw[..., 1]) * (0.15 * self.size) + self.min_sigma
-        return IndexTuples(means[..., None], sigmas[..., None], jnp.ones_like(means))
+            distance = 2 * distance - (self.size - 1)
+        rows = rows.astype(raw.dtype).reshape((1,) * (distance.ndim - 3) + (-1, 1, 1))
+        sigmas = transform_sigmas(raw_sigmas, (self.size,), minimum=self.min_sigma)
+        return IndexTuples(rows - distance, sigmas, jnp.ones_like(raw_sigmas))
 
 
 class LearnedPositions(nnx.Module):
@@ -122,7 +136,7 @@ class LearnedPositions(nnx.Module):
         hidden = self.token(x.astype(jnp.float32)) + others + place[None]
         heads, tuples = self.free.means.shape
         out = self.out(jax.nn.gelu(hidden)).reshape(batch, length, heads, tuples, 2)
-        return jnp.moveaxis(out, 2, 1) + self.free.raw()[None]
+        return _NETWORK_GAIN * jnp.moveaxis(out, 2, 1) + self.free.raw()[None]
 
 
 class FreeEntries(nnx.Module):
@@ -140,13 +154,15 @@ class FreeEntries(nnx.Module):
         rows = jnp.arange(size, dtype=jnp.int32)
         columns = jnp.clip(free.tuples(free.raw(), rows).means[..., 0], 0, size - 1)
         rows = jnp.broadcast_to(rows.astype(jnp.float32)[None, :, None], columns.shape)
+        # Half an index from either end, where the sigmoid is flat.
         share = (jnp.stack([rows, columns], -1) + 0.5) / size
         self.size, self.min_sigma = size, min_sigma
-        self.means = nnx.Param(jnp.log(share) - jnp.log1p(-share))
-        self.sigmas = nnx.Param(jnp.zeros((*rows.shape, 1)))
+        self.means = nnx.Param((jnp.log(share) - jnp.log1p(-share)) / _MEAN_GAIN)
+        self.sigmas = nnx.Param(jnp.full(columns.shape, _FIRST_SIGMA / _SIGMA_GAIN))
 
     def tuples(self) -> IndexTuples:
-        """Means and sigmas [num_heads, size, k, 2], values of 1: `size` chunks."""
-        means = jax.nn.sigmoid(self.means[...]) * self.size - 0.5
-        sigmas = jax.nn.softplus(self.sigmas[...]) * (0.15 * self.size) + self.min_sigma
-        return IndexTuples(means, jnp.broadcast_to(sigmas, means.shape), jnp.ones(means.shape[:-1]))
+        """Means and sigmas [num_heads, size, k, 2], values of 1: a chunk for each row."""
+        means = jax.nn.sigmoid(self.means[...] * _MEAN_GAIN) * self.size - 0.5
+        raw = self.sigmas[...] * _SIGMA_GAIN
+        sigmas = transform_sigmas(raw, (self.size, self.size), minimum=self.min_sigma)
+        return IndexTuples(means, sigmas, jnp.ones_like(raw))

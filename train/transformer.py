@@ -1,0 +1,322 @@
+"""Trains a language model whose layers attend to few bytes, at positions that some of them learn.
+
+The default run reads the sources of Python's standard library, which are on every machine; it takes
+a few minutes on two CPU cores. It reports bits per byte of held-out text beside those of models
+that count, continues a text, and draws where each layer looks.
+
+The other task has one right answer: which token stood `--offset` places ago? A single layer has to
+find a position of which it is told nothing.
+
+  python -m train.transformer
+  python -m train.transformer --layers=dddd
+  python -m train.transformer --corpus=FILE_OR_FOLDER --length=512
+  python -m train.transformer --task=offset --offset=100
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from matplotlib.figure import Figure
+
+from hyperlayer_jax import todense
+from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM, generate
+from train import figures, launcher, loop, text
+
+_DEFAULTS = {
+    "text": {"layers": "wwwl", "length": 256, "num_tuples": 8, "steps": 1500, "batch_size": 16},
+    "offset": {"layers": "s", "num_tuples": 2, "steps": 4000, "batch_size": 4},
+}
+_VALIDATION_WINDOWS, _TEST_WINDOWS, _WINDOWS_AT_ONCE = 128, 1024, 32
+_NUM_EVALUATIONS = 5
+_SAMPLES, _PROMPT = 3, 64
+_NUM_TOKENS = 64
+_SOLVED, _OFFSET_INTERVAL = 0.001, 50
+
+
+def _by_task(name: str, help: str) -> Any:
+    values = [f"{defaults[name]} for {task}" for task, defaults in _DEFAULTS.items()]
+    return launcher.flag(None, f"{help} By default {', '.join(values)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(launcher.Config):
+    """What to predict, and with what."""
+
+    task: Literal["text", "offset"] = launcher.flag("text", "What to predict.")
+    corpus: str = launcher.flag(
+        "stdlib",
+        "stdlib (the sources of Python's standard library), a text file, a folder of them, or the "
+        "name of a set of tensorflow-datasets with a feature called text.",
+    )
+    data_dir: str | None = launcher.flag(None, "Where tensorflow-datasets keeps its sets.")
+    offset: int = launcher.flag(100, "How far back the offset task asks.", minimum=1)
+    layers: str | None = _by_task(
+        "layers",
+        "A letter for each layer: l learned, s static, 2 learned2d, t strided, w window, b block, "
+        "d dense.",
+    )
+    positions: Literal["rotary", "learned"] = launcher.flag(
+        "rotary", "How layers know the place of a token."
+    )
+    length: int | None = launcher.flag(
+        None,
+        "Tokens in an example. By default 256 for text, and for the offset task a quarter more "
+        "than the offset, in multiples of 64.",
+        minimum=2,
+    )
+    features: int = launcher.flag(128, "Width of the model.", minimum=1)
+    heads: int = launcher.flag(4, "Heads of attention.", minimum=1)
+    num_tuples: int | None = _by_task("num_tuples", "Learned positions per token and head.")
+    num_global: int = launcher.flag(2, "Points per position drawn from all.", minimum=0)
+    num_local: int = launcher.flag(2, "Points per position drawn near it.", minimum=0)
+    region: int = launcher.flag(8, "Positions that count as near.", minimum=1)
+    window: int = launcher.flag(32, "Tokens that a window sees.", minimum=1)
+    stride: int = launcher.flag(8, "One token in so many looks back in a strided layer.", minimum=1)
+    block: int = launcher.flag(32, "Tokens in a block.", minimum=1)
+    dropout: float = launcher.flag(0.0, "Share of outputs dropped in training.", minimum=0.0)
+    bfloat16: bool = launcher.flag(False, "Computes in bfloat16.")
+    steps: int | None = _by_task("steps", "Number of updates.")
+    batch_size: int | None = _by_task("batch_size", "Examples in an update.")
+    learning_rate: float = launcher.flag(2e-3, "Highest step size; decays to 0.", minimum=0.0)
+    warmup: int = launcher.flag(100, "Updates until the step size is highest.", minimum=0)
+    clip: float = launcher.flag(1.0, "Largest norm of a gradient.", minimum=0.0)
+    temperature: float = launcher.flag(0.7, "Of the continuations that are drawn.", minimum=0.0)
+
+    def __post_init__(self):
+        quarter_more = 64 * math.ceil(1.25 * self.offset / 64)
+        defaults = {"length": quarter_more, **_DEFAULTS[self.task]}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        if not self.dropout < 1:
+            raise ValueError(f"--dropout must be below 1, got {self.dropout}")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
+        if self.task == "offset" and self.offset >= self.length:
+            raise ValueError(f"--offset must be below --length={self.length}, got {self.offset}")
+        try:
+            nnx.eval_shape(lambda: make_model(self))
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
+
+
+def make_model(config: Config) -> TransformerLM:
+    """Makes the model that a config describes."""
+    return TransformerLM(
+        text.NUM_BYTES if config.task == "text" else _NUM_TOKENS,
+        config.features,
+        config.heads,
+        config.length,
+        layers=config.layers,
+        positions=config.positions,
+        attention=functools.partial(
+            SparseSelfAttention,
+            num_tuples=config.num_tuples,
+            num_global=config.num_global,
+            num_local=config.num_local,
+            region=config.region,
+            window=config.window,
+            stride=config.stride,
+            block=config.block,
+        ),
+        dropout=config.dropout,
+        dtype=jnp.bfloat16 if config.bfloat16 else None,
+        rngs=nnx.Rngs(config.seed),
+    )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW after clipping, with a step size that warms up and then decays to 0."""
+    warmup = min(config.warmup, config.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    )
+
+
+def token_loss(model: TransformerLM, tokens: jax.Array) -> jax.Array:
+    """The mean loss, in nats, of predicting each of the tokens [B, T + 1] from those before."""
+    tokens = tokens.astype(jnp.int32)
+    logits = model(tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def bits_per_byte(model: TransformerLM, windows: np.ndarray) -> float:
+    """Bits per byte on windows uint8 [n, length + 1], with positions rounded."""
+    graphdef, state = nnx.split(nnx.view(model, deterministic=True))
+
+    @jax.jit
+    def loss(state, tokens):
+        return token_loss(nnx.merge(graphdef, state), tokens)
+
+    parts = np.array_split(windows, math.ceil(len(windows) / _WINDOWS_AT_ONCE))
+    total = sum(len(part) * float(loss(state, part)) for part in parts)
+    return total / len(windows) / math.log(2)
+
+
+def draw_patterns(model: TransformerLM, tokens: np.ndarray, layers: str) -> Figure:
+    """Where each layer looks in tokens int32 [T]: a row of pictures for a layer, one for a head."""
+    patterns = nnx.view(model, deterministic=True).patterns(jnp.asarray(tokens)[None])
+    shown = [(layer, pattern) for layer, pattern in enumerate(patterns) if pattern is not None]
+    length = len(tokens)
+    heads = max([1, *(_weights(pattern).shape[0] for _, pattern in shown)])
+    rows = max(1, len(shown))
+    figure = Figure(figsize=(3.2 * heads, 3.4 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, heads, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, (layer, pattern) in zip(axes, shown, strict=False):
+        for head, (axis, weights) in enumerate(zip(row, _weights(pattern), strict=False)):
+            axis.set_axis_on()
+            axis.imshow(
+                weights > 0, cmap="Blues", extent=(0, length, length, 0), interpolation="nearest"
+            )
+            axis.plot([0, length], [0, length], color="lightgray", linewidth=0.5)
+            axis.set(title=f"layer {layer} ({layers[layer]}), head {head}", xlabel="looks at")
+        row[0].set_ylabel("token")
+    return figure
+
+
+def _weights(pattern: Any) -> np.ndarray:
+    """The weights of a pattern of one example, [heads, rows, columns]."""
+    dense = np.asarray(todense(pattern))
+    return dense.reshape(-1, *dense.shape[-2:])
+
+
+def _continue(model: TransformerLM, key: jax.Array, prompts: np.ndarray, config: Config) -> str:
+    """Continuations of prompts uint8 [n, length], as a text for people."""
+    drawn = generate(
+        key,
+        nnx.view(model, deterministic=True),
+        jnp.asarray(prompts, jnp.int32),
+        num_tokens=config.length - prompts.shape[1],
+        temperature=config.temperature,
+    )
+    pairs = zip(prompts, np.asarray(drawn, np.uint8), strict=True)
+    shown = [[part.tobytes().decode(errors="replace") for part in pair] for pair in pairs]
+    return "\n".join(f"--- a text:\n{prompt}\n--- continued:\n{rest}" for prompt, rest in shown)
+
+
+def train_on_text(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains a language model; writes where it looks, and texts that it continued."""
+    corpus = text.load(config.corpus, config.data_dir)
+    validation = text.windows(corpus.validation, config.length, _VALIDATION_WINDOWS)
+    test = text.windows(corpus.test, config.length, _TEST_WINDOWS)
+    text.windows(corpus.train, config.length, 1)
+    size = sum(len(part) for part in corpus[:3])
+    print(f"{config.corpus}: {size} bytes, sha256 {corpus.sha256}")
+
+    def loss_fn(model, key, step, fit):
+        del step
+        starts = jax.random.randint(key, (config.batch_size,), 0, len(fit) - config.length)
+        within = jnp.arange(config.length + 1, dtype=jnp.int32)
+        loss = token_loss(model, fit[starts[:, None] + within[None]])
+        return loss, {"bits_per_byte": loss / math.log(2)}
+
+    def evaluate(model, step):
+        if step in (0, config.steps):
+            picture = draw_patterns(model, validation[0, :-1].astype(np.int32), config.layers)
+            figures.save_png(picture, workdir / f"attention-{step}.png")
+        return {"validation_bits_per_byte": bits_per_byte(model, validation)}
+
+    model, run = loop.train(
+        make_model(config),
+        make_optimizer(config),
+        loss_fn,
+        corpus.train,
+        key=jax.random.key(config.seed),
+        steps=config.steps,
+        workdir=workdir,
+        evaluate=evaluate,
+        evaluate_every=math.ceil(config.steps / _NUM_EVALUATIONS),
+    )
+    result = {"bits_per_byte": bits_per_byte(model, test), **text.count_bits(corpus.train, test)}
+    prompts = test[:_SAMPLES, : min(_PROMPT, config.length // 2)]
+    continued = _continue(model, jax.random.key(config.seed), prompts, config)
+    (workdir / "continued.txt").write_text(continued + "\n")
+    print(continued)
+    print(f"bits per byte of {test[:, 1:].size} bytes of held-out text:")
+    for name, figure in (("this model", "bits_per_byte"), ("bigrams", "bigram")):
+        print(f"  {name:12}  {result[figure]:.4f}")
+    print(f"  {'unigrams':12}  {result['unigram']:.4f}")
+    print(f"pictures: {workdir / 'attention-0.png'}, {workdir / f'attention-{config.steps}.png'}")
+    return {**result, **run, "test_examples": len(test), "sha256": corpus.sha256}
+
+
+def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains a model to tell what stood `--offset` tokens ago; says when it could, and ever since.
+
+    The loss is that on new examples, every few steps. `solved_at` is the step at which it was first
+    below 0.001 with points sampled as in training, None if it never was, and `steady` the share of
+    later losses that were below, too. `loss` is the last one, with positions rounded.
+    """
+
+    def mean_loss(model, key):
+        shape = (config.batch_size, config.length)
+        tokens = jax.random.randint(key, shape, 0, _NUM_TOKENS, jnp.int32)
+        logits, target = model(tokens)[:, config.offset :], tokens[:, : -config.offset]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
+
+    def loss_fn(model, key, step, data):
+        del step, data
+        return mean_loss(model, key), {}
+
+    graphdef = nnx.split(make_model(config))[0]
+
+    @jax.jit
+    def losses(state, key):
+        sampled = nnx.merge(graphdef, state, copy=True)
+        return mean_loss(sampled, key), mean_loss(nnx.view(sampled, deterministic=True), key)
+
+    history = {}
+
+    def evaluate(model, step):
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+        sampled, rounded = losses(nnx.split(model)[1], key)
+        history[step] = float(sampled), float(rounded)
+        return {"sampled_loss": sampled, "rounded_loss": rounded}
+
+    model, run = loop.train(
+        make_model(config),
+        make_optimizer(config),
+        loss_fn,
+        (),
+        key=jax.random.key(config.seed),
+        steps=config.steps,
+        workdir=workdir,
+        evaluate=evaluate,
+        evaluate_every=_OFFSET_INTERVAL,
+    )
+    tokens = np.zeros(config.length, np.int32)
+    picture = workdir / "attention.png"
+    figures.save_png(draw_patterns(model, tokens, config.layers), picture)
+    low = [step for step, (sampled, _) in history.items() if sampled < _SOLVED]
+    solved_at = min(low, default=None)
+    later = [step for step in history if solved_at is not None and step > solved_at]
+    steady = len(set(later) & set(low)) / len(later) if later else None
+    loss = history[config.steps][1]
+    print(f"offset {config.offset}: solved at step {solved_at}, steady {steady}, loss {loss:.2g}")
+    print(f"picture: {picture}")
+    count = config.batch_size * (config.length - config.offset)
+    result = {"solved_at": solved_at, "steady": steady, **run, "loss": loss}
+    return {**result, "test_examples": count}
+
+
+def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    """Runs the task that the config names, and returns its figures."""
+    tasks = {"text": train_on_text, "offset": train_on_offset}
+    return tasks[config.task](config, workdir)
+
+
+if __name__ == "__main__":
+    launcher.launch(Config, train_and_evaluate)
