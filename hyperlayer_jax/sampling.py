@@ -1,6 +1,8 @@
 """Integer points around real-valued means, and which of them are copies."""
 
+import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -62,17 +64,33 @@ def sample_indices(
     points = [jnp.where(corners.reshape(aligned[:-2] + corners.shape), high, low)]
     sizes = np.reshape(shape, aligned).astype(np.int32)
     if num_global:
-        points.append(jax.random.randint(global_key, (*leading, k, num_global, r), 0, sizes))
+        points.append(_draw(global_key, (*leading, k, num_global, r), sizes))
     if num_local:
         if region is None:
             raise ValueError("region: got None, want the axes of the region when num_local > 0")
         region = checks.check_shape("region", (region,) * r if np.ndim(region) == 0 else region, r)
         region = np.minimum(region, sizes).astype(np.int32)
         start = jnp.clip(round_means(means, shape) - region // 2, 0, sizes - region)
-        offset = jax.random.randint(local_key, (*leading, k, num_local, r), 0, region)
-        points.append(start + offset)
+        points.append(start + _draw(local_key, (*leading, k, num_local, r), region))
     points = jnp.concatenate(points, axis=-2)
     return points.reshape(*leading, k * points.shape[-2], r)
+
+
+def _draw(key: jax.Array, shape: tuple[int, ...], sizes: np.ndarray) -> jax.Array:
+    """Draws integers, int32 of `shape`, uniformly from [0, sizes); sizes int32 broadcast with it.
+
+    They are the upper words of the products of `sizes` and 32 random bits, made of halves: exact in
+    32 bits, always in bounds, and no integer more likely than another by more than one word in
+    2^32. (`jax.random.randint` draws twice as many bits and takes remainders, which CPUs do one at
+    a time.) Bits are drawn as one flat array, since counting them along several axes costs as much
+    as drawing them.
+    """
+    bits = jax.random.bits(key, (math.prod(shape),), jnp.uint32).reshape(shape)
+    high, low = bits >> 16, bits & 0xFFFF
+    size_high, size_low = np.uint32(sizes >> 16), np.uint32(sizes & 0xFFFF)
+    middle = high * size_low + (low * size_low >> 16)
+    carry = (low * size_high + (middle & 0xFFFF)) >> 16
+    return (high * size_high + (middle >> 16) + carry).astype(jnp.int32)
 
 
 def round_means(means: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -106,10 +124,11 @@ def duplicate_mask(indices: jax.Array) -> jax.Array:
     checks.check_indices("indices", indices, 2, "[*B, m, r]")
     *leading, m, r = indices.shape
     if m <= _MAX_PAIRWISE:
-        columns = jnp.moveaxis(indices, -1, 0)
-        same = (columns[..., :, None] == columns[..., None, :]).all(0)
-        earlier = np.tri(m, k=-1, dtype=bool).reshape((1,) * len(leading) + (m, m))
-        return (same & earlier).any(-1)
+        columns = [indices[..., a] for a in range(r)]
+        pairs = [x[..., :, None] == x[..., None, :] for x in columns]
+        same = functools.reduce(jnp.logical_and, pairs)
+        position = jax.lax.broadcasted_iota(jnp.int32, (*leading, m), len(leading))
+        return jnp.where(same, position[..., None, :], m).min(-1, initial=m) < position
 
     points = indices.reshape(-1, m, r)
     chunks = points.shape[0]

@@ -16,6 +16,8 @@ _UNROLL = 16
 _LANES = 8
 # Proportions are [*B,k,m]; larger ones are made and used up in blocks of tuples.
 _MAX_BLOCK = 2**23
+# Below so many points in a chunk, the batch is the last axis of proportions (measured on CPU).
+_FEW_POINTS = 16
 
 # In full float32, also where a device would rather multiply shorter numbers.
 _einsum = functools.partial(jnp.einsum, precision="highest")
@@ -127,98 +129,160 @@ def sddmm(rows, cols, lhs, rhs):
 def redistribute(points, means, sigmas, values, where):
     """out[i] = sum over j of values[j] softmax_i(-|(points[i] - means[j]) / sigmas[j]|^2 / 2)."""
     batch = where.shape[:-1]
-    points, means, sigmas, values, where = _chunks(points, means, sigmas, values, where)
+    axis, points, where, tuples = _chunks(points, where, means, sigmas, values)
 
     def add_block(total, block):
         means, sigmas, values = block
-        density, normaliser = _densities(_distances(points, means, sigmas), where)
-        return total + _einsum("bk,bkm->bm", values * normaliser, density), None
+        density = _densities(_distances(points, means, sigmas), where, axis)
+        weights = values * _inverse(density.sum(axis, keepdims=True))
+        return total + _combine_tuples(weights, density, axis), None
 
-    total = jnp.zeros_like(where, values.dtype)
-    total, _ = _scan_tuples(add_block, total, (means, sigmas, values), where.shape)
-    return total.reshape(*batch, -1)
+    total, _ = _scan_tuples(add_block, jnp.zeros_like(where, values.dtype), tuples, where.size)
+    return _arrange(total, axis).reshape(*batch, -1)
 
 
 def redistribute_grad(points, means, sigmas, values, where, grad):
     """Gradients of means, sigmas and values; the shares are made anew."""
     shapes = (means.shape, sigmas.shape, values.shape)
-    points, means, sigmas, values, where = _chunks(points, means, sigmas, values, where)
-    grad = grad.reshape(where.shape)
+    axis, points, where, tuples = _chunks(points, where, means, sigmas, values)
+    grad = _arrange(grad.reshape(-1, 1, grad.shape[-1]), axis)
 
     def block_gradients(_, block):
         means, sigmas, values = block
         distances = _distances(points, means, sigmas)
-        density, normaliser = _densities(distances, where)
+        density = _densities(distances, where, axis)
         # A tuple's value gets the mean of the gradient under its shares; what its shares get is
         # the deviation from that mean. Products with distances are summed in a single pass.
-        mean_grad = _einsum("bkm,bm->bk", density, grad) * normaliser
-        deviation = density * (grad[:, None, :] - mean_grad[..., None])
-        moments = _sums([deviation * d for d in distances] + [deviation * d * d for d in distances])
-        first, second = jnp.split(jnp.stack(moments, axis=-1), 2, axis=-1)
-        weight = (values * normaliser)[..., None] / sigmas
-        return None, (first * weight, second * weight, mean_grad)
+        total, product = _total_and_product(density, grad, axis)
+        normaliser = _inverse(total)
+        mean_grad = product * normaliser
+        deviation = density * (grad - mean_grad)
+        terms = [deviation * d for d in distances] + [deviation * d * d for d in distances]
+        weights = 2 * [values * normaliser / sigma for sigma in sigmas]
+        grads = [x * weight for x, weight in zip(_sums(terms, axis), weights, strict=True)]
+        first, second = grads[: len(sigmas)], grads[len(sigmas) :]
+        return None, (jnp.concatenate(first, axis), jnp.concatenate(second, axis), mean_grad)
 
-    _, grads = _scan_tuples(block_gradients, None, (means, sigmas, values), where.shape)
-    return tuple(x.reshape(shape) for x, shape in zip(grads, shapes, strict=True))
+    _, grads = _scan_tuples(block_gradients, None, tuples, where.size)
+    return tuple(_arrange(x, axis).reshape(shape) for x, shape in zip(grads, shapes, strict=True))
 
 
-def _chunks(points, means, sigmas, values, where):
-    """The batch axes as one, b: points [r,b,m] in the dtype of the others, means [b,k,r], ..."""
+def _chunks(points, where, means, sigmas, values):
+    """The batch axes as one, b, and the axes of the index space apart, which CPUs fuse far better.
+
+    Proportions are laid out as [b,k,m], or where there are few points to a chunk as [m,k,b], so
+    that the last axis, along which CPUs compute several numbers at once, is a long one.
+
+    Returns:
+      The axis of the points, 2 or 0, and the arguments with axes of size 1 to broadcast with
+      proportions: r arrays of points in the dtype of the others; where; and the tuples (r arrays of
+      means, r arrays of sigmas, values).
+    """
     *batch, m, r = points.shape
     b, k = math.prod(batch), values.shape[-1]
+    axis = 0 if m < _FEW_POINTS else 2
     points = jnp.moveaxis(points.reshape(b, m, r), -1, 0).astype(means.dtype)
-    tuples = means.reshape(b, k, r), sigmas.reshape(b, k, r), values.reshape(b, k)
-    return points, *tuples, where.reshape(b, m)
+    means, sigmas = (
+        jnp.split(_arrange(x.reshape(b, k, r), axis), r, axis) for x in (means, sigmas)
+    )
+    return (
+        axis,
+        [_arrange(x[:, None], axis) for x in points],
+        _arrange(where.reshape(b, 1, m), axis),
+        (means, sigmas, _arrange(values.reshape(b, k, 1), axis)),
+    )
+
+
+def _arrange(x, axis):
+    """From [b,k,m] to the layout whose points are along `axis`, 2 or 0; or back."""
+    return x if axis == 2 else x.T
 
 
 def _distances(points, means, sigmas):
-    """The r arrays [b,k,m] of (point - mean) / sigma: axes apart, which CPUs fuse far better."""
-    inverse = 1 / sigmas
-    return [
-        (p[:, None, :] - means[..., a, None]) * inverse[..., a, None] for a, p in enumerate(points)
-    ]
+    """(point - mean) / sigma: r arrays of the size of proportions."""
+    tuples = zip(points, means, sigmas, strict=True)
+    return [(point - mean) * (1 / sigma) for point, mean, sigma in tuples]
 
 
-def _densities(distances, where):
-    """Densities [b,k,m] relative to the densest allowed point, and 1 / their sums [b,k]."""
+def _densities(distances, where, axis):
+    """Densities relative to the densest allowed point, and 1 / their sums over the points."""
     squares = functools.reduce(jnp.add, [d * d for d in distances])
-    squares = jnp.where(where[:, None, :], squares, jnp.inf)
+    squares = jnp.where(where, squares, jnp.inf)
     limits = jnp.finfo(squares.dtype)
-    nearest = squares.min(-1, keepdims=True, initial=limits.max / 2)
+    nearest = jnp.minimum(_least(squares, axis), limits.max / 2)
     # Compilers may compute the squares twice and round them differently; where they are large, that
     # could lose the nearest point. Squares that agree to rounding are as near as the nearest.
     slack = 1 + 2 * len(distances) * limits.eps
-    density = jnp.exp(jnp.minimum(nearest * slack - squares, 0) / 2)
-    total = density.sum(-1)
-    return density, jnp.where(total > 0, 1 / jnp.maximum(total, 1), 0)
+    return jnp.exp(jnp.minimum(nearest * slack - squares, 0) / 2)
 
 
-def _sums(terms):
-    """Sums several arrays over their last axis in one pass."""
+def _inverse(total):
+    """1 / total of a tuple's densities: either the densest point adds 1, or there is no point."""
+    return jnp.where(total > 0, 1 / jnp.maximum(total, 1), 0)
+
+
+def _least(x, axis):
+    """The minimum over `axis`, which is kept.
+
+    Not as `min` over few points: XLA on CPU would hand that to a library of reductions, together
+    with the exponential that follows, which takes the library several times as long as XLA.
+    """
+    if axis == 2:
+        return x.min(axis, keepdims=True)
+    least = lambda a, b: jnp.where(b < a, b, a)  # noqa: E731
+    return jnp.expand_dims(jax.lax.reduce(x, np.array(np.inf, x.dtype), least, (axis,)), axis)
+
+
+def _sums(terms, axis):
+    """Sums several arrays over `axis`, which is kept, in one pass."""
     zeros = [np.zeros((), t.dtype) for t in terms]
     add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
-    return jax.lax.reduce(tuple(terms), tuple(zeros), add, (terms[0].ndim - 1,))
+    sums = jax.lax.reduce(tuple(terms), tuple(zeros), add, (axis,))
+    return [jnp.expand_dims(x, axis) for x in sums]
 
 
-def _scan_tuples(step, carry, tuples, points_shape):
+def _total_and_product(density, grad, axis):
+    """The sums over the points of density and of density * grad."""
+    if axis == 0:
+        return _sums([density, density * grad], axis)
+    return density.sum(axis, keepdims=True), _einsum("bkm,bxm->bkx", density, grad)
+
+
+def _combine_tuples(weights, density, axis):
+    """The sum over the tuples of weights * density."""
+    if axis == 2:
+        return _einsum("bkx,bkm->bxm", weights, density)
+
+    def term(j):
+        weight, row = (jax.lax.dynamic_slice_in_dim(x, j, 1, 1) for x in (weights, density))
+        return weight * row
+
+    k, first = weights.shape[1], term(0)
+    add = lambda j, total: total + term(j)  # noqa: E731
+    return first if k == 1 else jax.lax.fori_loop(1, k, add, first, unroll=_UNROLL)
+
+
+def _scan_tuples(step, carry, tuples, num_points):
     """`lax.scan` over blocks of tuples, their axis 1; a single call where they fit at once."""
-    means, sigmas, values = tuples
-    chunks, k = values.shape
-    num_blocks = min(k, -(-chunks * k * points_shape[-1] // _MAX_BLOCK))
+    k = tuples[-1].shape[1]
+    num_blocks = min(k, -(-k * num_points // _MAX_BLOCK))
     if num_blocks <= 1:
         return step(carry, tuples)
     size = -(-k // num_blocks)
     num_blocks = -(-k // size)
 
     def split(x, fill):
-        padding = [(0, 0), (0, num_blocks * size - k)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, padding, constant_values=fill)
-        return jnp.moveaxis(x.reshape(chunks, num_blocks, size, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, [(0, 0), (0, num_blocks * size - k), (0, 0)], constant_values=fill)
+        return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, size, -1), 1, 0)
 
     def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(chunks, num_blocks * size, *x.shape[3:])[:, :k]
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], num_blocks * size, -1)[:, :k]
 
-    carry, out = jax.lax.scan(step, carry, (split(means, 0), split(sigmas, 1), split(values, 0)))
+    means, sigmas, values = tuples
+    # Sigmas of 1 for the tuples that fill up the last block.
+    blocks = [split(x, 0) for x in means], [split(x, 1) for x in sigmas], split(values, 0)
+    carry, out = jax.lax.scan(step, carry, blocks)
     return carry, jax.tree.map(join, out)
 
 
