@@ -83,3 +83,24 @@ def soft_split(scores, candidates, certainty):
         total += weight
         matrix[np.arange(n), order] += weight
     return matrix / total
+
+
+def attention(query, key, value, entries, seen=None):
+    """Attention of queries [T, H] over keys [S, H] at entries (row, column, weight): [T, D].
+
+    Weights of entries at the same place add up; entries of weight 0, outside the plane, or at a key
+    that is not in `seen` [S] are absent. A query without keys gets 0.
+    """
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    weights = np.zeros((len(query), len(key)))
+    for i, j, w in entries:
+        if 0 <= i < len(query) and 0 <= j < len(key) and (seen is None or seen[j]):
+            weights[i, j] += w
+    out = np.zeros((len(query), value.shape[1]))
+    for i, row in enumerate(weights):
+        (columns,) = np.nonzero(row)
+        if len(columns):
+            logits = key[columns] @ query[i] / np.sqrt(query.shape[1]) + np.log(row[columns])
+            share = np.exp(logits - logits.max())
+            out[i] = share @ value[columns] / share.sum()
+    return out

@@ -31,9 +31,15 @@ from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM, generate
 from train import figures, launcher, loop, text
 
 _DEFAULTS = {
-    "text": {"layers": "wwwl", "length": 256, "num_tuples": 8, "steps": 1500, "batch_size": 16},
-    "offset": {"layers": "s", "num_tuples": 2, "steps": 4000, "batch_size": 4},
-}
+    "text": {
+        "layers": "wwwl", "length": 256, "num_heads": 4, "num_tuples": 4, "num_global": 2,
+        "steps": 1000, "batch_size": 8,
+    },
+    "offset": {
+        "layers": "s", "num_heads": 1, "num_tuples": 2, "num_global": 32,
+        "steps": 4000, "batch_size": 8,
+    },
+}  # fmt: skip
 _VALIDATION_WINDOWS, _TEST_WINDOWS, _WINDOWS_AT_ONCE = 128, 1024, 32
 _NUM_EVALUATIONS = 5
 _SAMPLES, _PROMPT = 3, 64
@@ -41,9 +47,9 @@ _NUM_TOKENS = 64
 _SOLVED, _OFFSET_INTERVAL = 0.001, 50
 
 
-def _by_task(name: str, help: str) -> Any:
+def _by_task(name: str, help: str, least: int | None = 1) -> Any:
     values = [f"{defaults[name]} for {task}" for task, defaults in _DEFAULTS.items()]
-    return launcher.flag(None, f"{help} By default {', '.join(values)}.")
+    return launcher.flag(None, f"{help} By default {', '.join(values)}.", minimum=least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Config(launcher.Config):
         "layers",
         "A letter for each layer: l learned, s static, 2 learned2d, t strided, w window, b block, "
         "d dense.",
+        None,
     )
     positions: Literal["rotary", "learned"] = launcher.flag(
         "rotary", "How layers know the place of a token."
@@ -73,9 +80,9 @@ class Config(launcher.Config):
         minimum=2,
     )
     features: int = launcher.flag(128, "Width of the model.", minimum=1)
-    heads: int = launcher.flag(4, "Heads of attention.", minimum=1)
+    num_heads: int | None = _by_task("num_heads", "Heads of attention.")
     num_tuples: int | None = _by_task("num_tuples", "Learned positions per token and head.")
-    num_global: int = launcher.flag(2, "Points per position drawn from all.", minimum=0)
+    num_global: int | None = _by_task("num_global", "Points per position drawn from all.", 0)
     num_local: int = launcher.flag(2, "Points per position drawn near it.", minimum=0)
     region: int = launcher.flag(8, "Positions that count as near.", minimum=1)
     window: int = launcher.flag(32, "Tokens that a window sees.", minimum=1)
@@ -85,7 +92,7 @@ class Config(launcher.Config):
     bfloat16: bool = launcher.flag(False, "Computes in bfloat16.")
     steps: int | None = _by_task("steps", "Number of updates.")
     batch_size: int | None = _by_task("batch_size", "Examples in an update.")
-    learning_rate: float = launcher.flag(2e-3, "Highest step size; decays to 0.", minimum=0.0)
+    learning_rate: float = launcher.flag(3e-3, "Highest step size.", minimum=0.0)
     warmup: int = launcher.flag(100, "Updates until the step size is highest.", minimum=0)
     clip: float = launcher.flag(1.0, "Largest norm of a gradient.", minimum=0.0)
     temperature: float = launcher.flag(0.7, "Of the continuations that are drawn.", minimum=0.0)
@@ -115,7 +122,7 @@ def make_model(config: Config) -> TransformerLM:
     return TransformerLM(
         text.NUM_BYTES if config.task == "text" else _NUM_TOKENS,
         config.features,
-        config.heads,
+        config.num_heads,
         config.length,
         layers=config.layers,
         positions=config.positions,
@@ -136,9 +143,12 @@ def make_model(config: Config) -> TransformerLM:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW after clipping, with a step size that warms up and then decays to 0."""
+    """AdamW after clipping. The step size warms up; on text, it then decays to 0."""
     warmup = min(config.warmup, config.steps // 2)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
+    last = 0.0 if config.task == "text" else config.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, config.steps, last
+    )
     return optax.chain(
         optax.clip_by_global_norm(config.clip), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
     )

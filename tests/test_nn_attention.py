@@ -1,0 +1,290 @@
+"""Laws of sparse self-attention and of the language model, for every kind of pattern."""
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+from laws import FLOATS, assert_close, assert_equal
+
+import hyperlayer_jax as hl
+from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM, generate
+from hyperlayer_jax.nn.attention import Pattern, rotate
+from hyperlayer_jax.nn.positions import FreePositions
+
+B, T, E, N, K, LENGTH = 2, 10, 16, 4, 2, 12
+KINDS = typing.get_args(Pattern)
+SIZES = {
+    "num_tuples": 2, "num_global": 1, "num_local": 1, "region": 3,
+    "window": 3, "stride": 3, "block": 4, "num_kv_heads": K,
+}  # fmt: skip
+
+
+def build(kind, **options):
+    layer = SparseSelfAttention(
+        E, N, LENGTH, pattern=kind, **(SIZES | options), rngs=nnx.Rngs(0, sample=1)
+    )
+    if hasattr(layer.positions, "out"):
+        # As if trained: positions that depend on the token.
+        shape = layer.positions.out.kernel.shape
+        layer.positions.out.kernel[...] = 3 * jax.random.normal(jax.random.key(5), shape)
+    return layer
+
+
+def tokens(dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(B, T, E)), dtype)
+
+
+call = nnx.jit(lambda layer, x, mask=None: layer(x, mask=mask))
+
+
+def entries_of(layer, pattern, b, n):
+    """Every (row, column, weight) of one example and head of a layer's pattern."""
+    if layer.kind == "dense":
+        return [(i, j, 1.0) for i in range(T) for j in range(T) if j <= i or not layer.causal]
+    leading = pattern.values.shape[: -1 if isinstance(pattern, hl.SparseTensor) else -2]
+    at = (b, n)[: len(leading)]
+    indices, weights = np.asarray(pattern.indices)[at], np.asarray(pattern.values)[at]
+    if layer.kind == "learned2d":
+        return [(i, j, w) for (i, j), w in zip(indices, weights, strict=True)]
+    rows = [
+        (i, j, w)
+        for i, row in enumerate(zip(indices[..., 0], weights, strict=True))
+        for j, w in zip(*row, strict=True)
+    ]
+    if layer.kind == "strided":
+        own = [(i, i, 1.0) for i in range(T) if (i + 1) % layer.stride]
+        return own + [((i + 1) * layer.stride - 1, j, w) for i, j, w in rows]
+    size = layer.block if layer.kind == "block" else 1
+    spread = [
+        (i * size + di, j * size + dj, w)
+        for i, j, w in rows
+        for di in range(size)
+        for dj in range(size)
+    ]
+    return [(i, j, w) for i, j, w in spread if j <= i or not layer.causal]
+
+
+@pytest.mark.parametrize(("causal", "masked"), [(True, False), (False, True)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_attention_over_its_pattern(kind, causal, masked):
+    layer = nnx.view(build(kind, causal=causal), deterministic=True)
+    x = tokens()
+    mask = jnp.ones((B, T), bool).at[0, 7:].set(False).at[1, :2].set(False) if masked else None
+    out = call(layer, x, mask)
+    pattern = layer.pattern(x, mask=mask)
+    heads = np.split(np.asarray(layer.project(x)).reshape(B, T, N + 2 * K, -1), [N, N + K], axis=2)
+    rows = jnp.arange(T, dtype=jnp.int32)
+    query, key = (np.asarray(rotate(jnp.asarray(y), rows)) for y in heads[:2])
+    attended = np.zeros((B, T, N, E // N))
+    for b in range(B):
+        for n in range(N):
+            seen = None if mask is None else np.asarray(mask)[b]
+            own = n // (N // K)
+            attended[b, :, n] = oracle.attention(
+                query[b, :, n],
+                key[b, :, own],
+                heads[2][b, :, own],
+                entries_of(layer, pattern, b, n),
+                seen,
+            )
+    want = attended.reshape(B, T, E) @ np.asarray(layer.merge.kernel[...])
+    if masked:
+        want = np.where(np.asarray(mask)[..., None], want, 0)
+    assert_close(out, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_token_sees_a_later_one(kind, deterministic):
+    graphdef, state = nnx.split(nnx.view(build(kind), deterministic=deterministic))
+    forward = jax.jit(lambda x: nnx.merge(graphdef, state, copy=True)(x))  # noqa: PLW0108
+    x = tokens()
+    out = forward(x)
+    for t in (1, 4, 5, 8):
+        changed = forward(x.at[:, t].set(9 * x[:, t] + 1))
+        assert_equal(changed[:, :t], out[:, :t])
+        assert (np.asarray(changed[:, t]) != np.asarray(out[:, t])).any()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_gives_what_the_whole_sequence_gives(kind, shared):
+    layer = nnx.view(build(kind, shared=shared), deterministic=True)
+    x = tokens()
+    extend = nnx.jit(lambda layer, x, cache: layer.extend(x, cache))
+    out, cache = extend(layer, x[:, :5], layer.init_cache(B))
+    outs = [out]
+    for t in range(5, T):
+        out, cache = extend(layer, x[:, t : t + 1], cache)
+        outs.append(out)
+    assert cache.length == T
+    assert_close(jnp.concatenate(outs, 1), call(layer, x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_every_param(kind, dtype):
+    layer = build(kind, dtype=dtype)
+
+    @nnx.jit
+    @nnx.grad
+    def gradient(layer, x):
+        return (layer(x) ** 2).mean().astype(jnp.float32)
+
+    x = tokens(dtype)
+    assert call(layer, x).dtype == dtype
+    for path, leaf in nnx.to_flat_state(gradient(layer, x)):
+        assert np.isfinite(np.asarray(leaf[...])).all(), path
+        assert np.asarray(leaf[...]).any(), path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_do_not_exist_change_nothing(kind):
+    layer = build(kind, causal=False)
+    graphdef, state = nnx.split(layer)
+    forward = jax.jit(lambda x, mask: nnx.merge(graphdef, state, copy=True)(x, mask=mask))
+    x = tokens()
+    mask = jnp.ones((B, T), bool).at[0, 6:].set(False).at[1, :].set(False)
+    out = forward(x, mask)
+    assert_equal(out, forward(jnp.where(mask[..., None], x, 7.0), mask))
+    assert not np.asarray(out)[~np.asarray(mask)].any()
+    grad = jax.grad(lambda x: (forward(x, mask) ** 2).sum())(x)
+    assert np.isfinite(np.asarray(grad)).all()
+    assert not np.asarray(grad)[~np.asarray(mask)].any()
+
+
+@pytest.mark.parametrize("kind", ["learned", "static", "block"])
+def test_heads_have_patterns_of_their_own_or_share_one(kind):
+    x = tokens()
+    layers = (build(kind, shared=shared) for shared in (False, True))
+    own, shared = (nnx.view(layer, deterministic=True).pattern(x) for layer in layers)
+    assert own.indices.shape[:2] == (B, N)
+    assert shared.indices.shape == (B, *own.indices.shape[2:])
+
+
+def test_a_wide_tuple_counts_for_little_where_positions_are_rounded():
+    layer = nnx.view(build("static", causal=False, num_tuples=1), deterministic=True)
+    weights = []
+    for sigma in (-3.0, 0.0, 1.0):
+        layer.positions.sigmas[...] = jnp.full_like(layer.positions.sigmas[...], sigma)
+        weights.append(float(layer.pattern(tokens()).values.max()))
+    assert weights[0] > 0.8 > weights[1] > weights[2] > 0
+    assert weights[2] < 0.1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_free_positions_start_apart_and_inside(causal):
+    free = FreePositions(3, 4, 100, causal=causal, min_sigma=0.5)
+    tuples = free.tuples(free.raw(), jnp.asarray([99 if causal else 50], jnp.int32))
+    means = np.sort(np.asarray(tuples.means).ravel())
+    assert (np.diff(means) > 0.1).all()
+    if causal:
+        assert means.min() >= 0 and means.max() <= 99
+    else:
+        assert means.min() < 40 and means.max() > 60
+    assert (np.asarray(tuples.sigmas) > 20).all()
+
+
+def test_logits_of_turned_vectors_depend_on_the_distance_alone():
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    turn = lambda x, t: rotate(x, jnp.asarray([t], jnp.int32))  # noqa: E731
+    dot = lambda i, j: (turn(query, i) * turn(key, j)).sum()  # noqa: E731
+    assert_close(dot(5, 3), dot(105, 103), rtol=1e-4, atol=1e-4)
+    assert abs(dot(5, 3) - dot(5, 4)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "wide"}, "pattern"),
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"features": 15}, "num_heads"),
+        ({"features": 12}, "rotary"),
+        ({"num_tuples": 0}, "num_tuples"),
+        ({"window": -1}, "window"),
+    ],
+)
+def test_a_wrong_option_is_named(options, message):
+    arguments = {"features": E, "num_heads": N, "max_length": LENGTH, "rngs": nnx.Rngs(0)}
+    with pytest.raises(ValueError, match=message):
+        SparseSelfAttention(**(arguments | options))
+
+
+def test_wrong_inputs_are_named():
+    layer = build("window")
+    with pytest.raises(ValueError, match="x: "):
+        layer(jnp.zeros((B, LENGTH + 1, E)))
+    with pytest.raises(ValueError, match="mask: "):
+        layer(tokens(), mask=jnp.ones((B, T + 1), bool))
+    with pytest.raises(ValueError, match="causal"):
+        build("window", causal=False).init_cache(B)
+
+
+ALL = "ls2twbd"
+
+
+@functools.cache
+def language_model(layers=ALL, positions="rotary"):
+    return TransformerLM(
+        11,
+        E,
+        N,
+        LENGTH,
+        layers=layers,
+        positions=positions,
+        attention=functools.partial(SparseSelfAttention, **SIZES),
+        dropout=0.1,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def test_a_language_model_of_all_kinds_continues_as_it_predicts():
+    model = nnx.view(language_model(positions="learned"), deterministic=True)
+    prompt = jax.random.randint(jax.random.key(0), (B, 4), 0, 11, jnp.int32)
+    drawn = generate(jax.random.key(1), model, prompt, num_tokens=6, temperature=0)
+    text = jnp.concatenate([prompt, drawn], axis=1)
+    logits = nnx.jit(lambda model, text: model(text))(model, text)
+    assert_equal(drawn, logits[:, 3:-1].argmax(-1).astype(jnp.int32))
+    patterns = model.patterns(text)
+    assert [pattern is None for pattern in patterns] == [letter == "d" for letter in ALL]
+
+
+def test_a_temperature_draws_by_key():
+    model = nnx.view(language_model("w"), deterministic=True)
+    prompt = jnp.zeros((B, 1), jnp.int32)
+    draw = functools.partial(generate, model=model, prompt=prompt, num_tokens=8)
+    first, again, other = (draw(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert_equal(first, again)
+    assert (np.asarray(first) != np.asarray(other)).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": "wx"}, "layers"),
+        ({"layers": ""}, "layers"),
+        ({"positions": "none"}, "positions"),
+    ],
+)
+def test_a_wrong_option_of_a_language_model_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerLM(11, E, N, LENGTH, **options, rngs=nnx.Rngs(0))
+
+
+def test_wrong_inputs_of_a_language_model_are_named():
+    model = nnx.view(language_model("w"), deterministic=True)
+    key = jax.random.key(0)
+    prompt = jnp.zeros((B, 4), jnp.int32)
+    with pytest.raises(ValueError, match="tokens: "):
+        model(jnp.zeros((B, LENGTH + 1), jnp.int32))
+    with pytest.raises(ValueError, match="tokens: "):
+        model(jnp.zeros((B, 4)))
+    with pytest.raises(ValueError, match="prompt: "):
+        generate(key, model, prompt, num_tokens=LENGTH)
+    with pytest.raises(ValueError, match="temperature: "):
+        generate(key, model, prompt, num_tokens=2, temperature=-1.0)

@@ -1,0 +1,64 @@
+"""Texts: how they are found and split, and the models that count."""
+
+import numpy as np
+import pytest
+
+from train import data, text
+
+
+def test_a_file_is_split_in_order(tmp_path):
+    content = bytes(range(200)) * 5
+    (tmp_path / "a.txt").write_bytes(content)
+    corpus = text.load(str(tmp_path / "a.txt"))
+    assert [len(part) for part in corpus[:3]] == [900, 50, 50]
+    assert b"".join(part.tobytes() for part in corpus[:3]) == content
+
+
+def test_a_folder_is_its_text_files_in_an_order_of_their_own(tmp_path):
+    names = [f"{i}.txt" for i in range(8)]
+    (tmp_path / "inner").mkdir()
+    for i, name in enumerate(names):
+        (tmp_path / ("inner" if i % 2 else ".") / name).write_text(f"<{name}>")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\x00")
+    first, again = text.load(str(tmp_path)), text.load(str(tmp_path))
+    whole = b"".join(part.tobytes() for part in first[:3]).decode()
+    assert sorted(whole.split("\n")) == [f"<{name}>" for name in names]
+    assert whole.split("\n") != [f"<{name}>" for name in names]
+    assert first.sha256 == again.sha256 and len(first.sha256) == 64
+
+
+def test_the_standard_library_is_there():
+    corpus = text.load("stdlib")
+    assert len(corpus.train) > 5_000_000
+    assert b"import" in corpus.test.tobytes()
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "/no/such/folder"])
+def test_a_missing_text_is_named(name):
+    with pytest.raises(data.DataError, match=f"--corpus={name}"):
+        text.load(name)
+
+
+def test_an_empty_text_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"")
+    with pytest.raises(data.DataError, match="found no text"):
+        text.load(str(tmp_path / "a.txt"))
+
+
+def test_windows_share_no_target():
+    windows = text.windows(np.arange(100, dtype=np.uint8), 10, 1000)
+    assert windows.shape == (9, 11)
+    assert len(np.unique(windows[:, 1:])) == 90
+    with pytest.raises(data.DataError, match="--length=100"):
+        text.windows(np.arange(100, dtype=np.uint8), 100, 1)
+
+
+def test_counting_finds_what_there_is_to_count():
+    fit = np.frombuffer(b"ab" * 5000, np.uint8)
+    held_out = text.windows(fit, 20, 5)
+    bits = text.count_bits(fit, held_out)
+    assert abs(bits["unigram"] - 1) < 0.1
+    assert bits["bigram"] < 0.01
+    noise = np.random.default_rng(0).integers(0, 4, 100_000).astype(np.uint8)
+    bits = text.count_bits(noise, text.windows(noise, 20, 500))
+    assert abs(bits["unigram"] - 2) < 0.02 and abs(bits["bigram"] - 2) < 0.02

@@ -1,0 +1,72 @@
+"""The transformer launcher: a step of every kind of layer, its files, and that it does learn."""
+
+import json
+
+import numpy as np
+import pytest
+
+from train import transformer
+
+SMALL = {
+    "steps": 2, "features": 8, "num_heads": 2, "length": 16, "batch_size": 2, "num_tuples": 1,
+    "num_global": 1, "num_local": 1, "window": 4, "stride": 4, "block": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("to be or not to be, that is the question. " * 400)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": "ls2twbd", "dropout": 0.1, "bfloat16": True},
+        {"layers": "l", "positions": "learned"},
+    ],
+    ids=str,
+)
+def test_trains_evaluates_and_leaves_its_files(tmp_path, corpus, options):
+    config = transformer.Config(**SMALL, **options, corpus=corpus)
+    result = transformer.train_and_evaluate(config, tmp_path)
+    assert {"loss", "compile_seconds", "train_seconds", "unigram", "bigram"} <= set(result)
+    assert result["steps"] == 2 and result["test_examples"] > 10
+    assert 0 < result["bits_per_byte"] < 12
+    for name in ("attention-0.png", "attention-2.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "--- continued:" in (tmp_path / "continued.txt").read_text()
+    assert (tmp_path / "params").is_dir()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
+
+
+def test_finds_an_offset_that_it_is_not_told(tmp_path):
+    config = transformer.Config(task="offset", offset=20, length=64, features=64, steps=800)
+    result = transformer.train_and_evaluate(config, tmp_path)
+    assert result["solved_at"] <= 800 and result["loss"] < 0.01
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"layers": "wx"}, "--layers"),
+        ({"dropout": 1.0}, "--dropout"),
+        ({"learning_rate": 0.0}, "--learning_rate"),
+        ({"num_heads": 3}, "--num_heads"),
+        ({"length": 1}, "--length"),
+        ({"task": "offset", "offset": 9, "length": 9}, "--offset"),
+    ],
+)
+def test_a_wrong_value_names_its_flag(options, flag):
+    with pytest.raises(ValueError, match=flag):
+        transformer.Config(**options)
+
+
+def test_defaults_go_by_the_task():
+    assert transformer.Config().length == 256
+    config = transformer.Config(task="offset", offset=200)
+    assert (config.layers, config.length, config.num_tuples) == ("s", 256, 2)
+    assert transformer.Config(task="offset", num_tuples=3).num_tuples == 3
