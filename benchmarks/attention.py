@@ -3,7 +3,7 @@
 `gathered` reads 32 keys for each query, `block` 16 blocks of 64 keys for each 64 queries: its own,
 and others drawn before it, of which some repeat in short sequences. The heads are 64 wide: on a CPU
 4 of float32, elsewhere 8 of bfloat16. The difference is that of the last queries from dense
-attention over the same keys.
+attention over the same keys. Whole layers, with 32 points for each token and head, follow.
 """
 
 import functools
@@ -13,36 +13,90 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks.timing import Contender, compare, main, value_and_gradients
 from hyperlayer_jax import kernels
+from hyperlayer_jax.nn import SparseSelfAttention
 
 _WIDTH, _POINTS, _BLOCK, _BLOCKS = 64, 32, 64, 16
 _CHECKED = 128
 _MAX_LENGTH = {"cpu": 2**12, "gpu": 2**17, "tpu": 2**14}
 # Dense attention in plain XLA holds [heads,t,t].
 _MAX_PLAIN_LENGTH = 2**14
+_MAX_MODULE_LENGTH = {"cpu": 2**14, "gpu": 2**17, "tpu": 2**14}
+_MODULE = "learned module forward + backward"
 
 
 def cases() -> Iterator[dict[str, Any] | str]:
     on_cpu = jax.default_backend() == "cpu"
     heads, dtype = (4, jnp.float32) if on_cpu else (8, jnp.bfloat16)
-    ahead = {}
     longest = _MAX_LENGTH[jax.default_backend()]
-    for length in (2**n for n in range(10, longest.bit_length())):
-        q, k, v = jax.random.normal(jax.random.key(0), (3, heads, length, _WIDTH), dtype)
-        q = q * jnp.asarray(_WIDTH**-0.5, dtype)
-        for name in ("gathered", "block"):
-            for case in _compare(name, q, k, v):
-                yield case
-                faster = ahead.setdefault((case["name"].split(" t=")[0], case["rival"]), {})
-                if case["speedup"] is not None:
-                    faster[length] = case["speedup"] > 1
+
+    def at_all_lengths():
+        for length in _powers_of_2(longest):
+            q, k, v = jax.random.normal(jax.random.key(0), (3, heads, length, _WIDTH), dtype)
+            q = q * jnp.asarray(_WIDTH**-0.5, dtype)
+            for name in ("gathered", "block"):
+                yield from _compare(name, q, k, v)
+        for length in _powers_of_2(_MAX_MODULE_LENGTH[jax.default_backend()]):
+            yield from _compare_modules(heads, length, dtype)
+
+    ahead, modules = {}, {}
+    for case in at_all_lengths():
+        yield case
+        name, length = case["name"].split(" t=")
+        if case["speedup"] is not None:
+            ahead.setdefault((name, case["rival"]), {})[int(length)] = case["speedup"] > 1
+        if name == _MODULE:
+            modules[int(length)] = case
     for (name, rival), faster in ahead.items():
         behind = max((length for length, ours in faster.items() if not ours), default=0)
         after = [length for length in faster if length > behind]
         where = f"from t = {min(after)}" if after else f"nowhere up to t = {behind}"
         yield f"{name}: faster than {rival} {where}"
+    for key, unit, factor in (("ms", "us", 1e3), ("temporary_mb", "kB", 1e3)):
+        each = {length: factor * case[key] / length for length, case in modules.items()}
+        figures = ", ".join(f"{x:.3g} at {length}" for length, x in each.items())
+        spread = max(each.values()) / min(each.values())
+        yield f"{_MODULE}: {unit} per token {figures} (within {spread:.2f}x)"
+
+
+def _powers_of_2(longest):
+    return [2**n for n in range(10, longest.bit_length())]
+
+
+def _compare_modules(heads, length, dtype):
+    """Whole layers, from tokens to tokens: projections, position network, sampling, attention.
+
+    Dense attention is left out where it would hold too much. The difference is that of the compiled
+    layer from the same layer run operation by operation.
+    """
+    kinds = ["learned", "window"]
+    if length <= _MAX_PLAIN_LENGTH // 2:
+        kinds.append("dense")
+    features = heads * _WIDTH
+    x = jax.random.normal(jax.random.key(0), (1, length, features), dtype)
+    contenders = {}
+    for kind in kinds:
+        layer = SparseSelfAttention(
+            features, heads, length, pattern=kind, num_tuples=4, num_global=4, num_local=2,
+            dtype=dtype, rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+        def run(params, rest, x, graphdef=graphdef):
+            return nnx.merge(graphdef, params, rest, copy=True)(x)
+
+        name = _MODULE if kind == "learned" else f"{kind} module"
+        contenders[name] = Contender(value_and_gradients(run, 0, 2), (params, rest, x))
+        if kind == "learned":
+            eager = run(params, rest, x)
+    yield from compare(
+        f"{_MODULE} t={length}",
+        contenders,
+        reference=lambda result: float(jnp.abs(result[0] - eager).astype(jnp.float32).max()),
+    )
 
 
 def _compare(name, q, k, v):

@@ -6,7 +6,7 @@ import shlex
 
 import jax
 
-from train import glimpse, identity, sort
+from train import glimpse, identity, sort, transformer
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
@@ -32,6 +32,7 @@ def test_its_commands_have_flags_that_exist():
         "train.sort": sort.Config,
         "train.identity": identity.Config,
         "train.glimpse": glimpse.Config,
+        "train.transformer": transformer.Config,
     }
     commands = re.findall(r"python -m (train\.\w+)((?: --[\w=.]+)*)", README)
     assert {name for name, _ in commands} == set(tasks)

@@ -292,7 +292,7 @@ class SparseSelfAttention(nnx.Module):
             total, others = sums[:, -1], sums / (rows + 1).astype(sums.dtype)[None, :, None]
         if self.kind == "dense":
             seen = jnp.arange(self.max_length, dtype=jnp.int32)[None] <= rows[:, None]
-            out = _dense_attention(query, keys, values, mask=seen[None, None])
+            out = jax.nn.dot_product_attention(query, keys, values, mask=seen[None, None])
         else:
             if self.kind == "learned2d":
                 pattern = self._entries(rows, len(x), self.max_length, None)
@@ -336,7 +336,7 @@ class SparseSelfAttention(nnx.Module):
 
     def _dense(self, query, key, value, mask):
         seen = None if mask is None else mask[:, None, None]
-        return _dense_attention(query, key, value, mask=seen, is_causal=self.causal)
+        return jax.nn.dot_product_attention(query, key, value, mask=seen, is_causal=self.causal)
 
     def _in_window(self, query, key, value, mask):
         """Attention of "window": dense attention of short blocks to their neighbourhood."""
@@ -360,7 +360,7 @@ class SparseSelfAttention(nnx.Module):
         seen, key, value = (blocks(x, before, behind) for x in (exists, key, value))
         place = np.arange(seen.shape[1]) - before - np.arange(size)[:, None]
         band = (place >= -self.back) & (place < size - self.back)
-        out = _dense_attention(
+        out = jax.nn.dot_product_attention(
             blocks(query), key, value, mask=seen[:, None, None] & band[None, None]
         )
         return out.reshape(batch, num_blocks * size, *out.shape[2:])[:, :length]
@@ -449,7 +449,8 @@ class SparseSelfAttention(nnx.Module):
         """Points and weights of tuples [B, heads, R, k, r], without the heads axis if shared."""
         if self.deterministic:
             # A tuple counts by its mass within half an index of its mean: one that is still wide
-            # does little anywhere in training, and must not do all of it at one point here.
+            # does little anywhere in training, and must not do all of it at one point here
+            # (equation 14 of docs/method.md).
             mass = jax.lax.erf(0.5**1.5 / tuples.sigmas).prod(-1)
             tuples = dataclasses.replace(tuples, values=tuples.values * mass)
             points = round_tuples(tuples, shape, where=where)
@@ -464,12 +465,6 @@ class SparseSelfAttention(nnx.Module):
                 where=where,
             )
         return tuple(x[:, 0] for x in points) if points[0].shape[1] == 1 else points
-
-
-def _dense_attention(query, key, value, *, mask, is_causal=False):
-    # JAX itself promotes in there, where a caller may have asked it for strictness.
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
 
 
 def rotate(x: jax.Array, rows: jax.Array) -> jax.Array:

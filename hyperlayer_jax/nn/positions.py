@@ -17,7 +17,7 @@ from hyperlayer_jax.types import IndexTuples
 HIDDEN = 64
 # Before softplus: a quarter of the index space.
 _FIRST_SIGMA = math.log(math.expm1(2.5))
-_MEAN_GAIN, _SIGMA_GAIN, _NETWORK_GAIN = 4.0, 8.0, 0.1
+_MEAN_GAIN, _SIGMA_GAIN, _NETWORK_GAIN = 4.0, 8.0, 0.03
 
 
 def _logit(share):
@@ -60,7 +60,7 @@ class FreePositions(nnx.Module):
         ]
 
     def tuples(self, raw: jax.Array, rows: jax.Array) -> IndexTuples:
-        """Index tuples for tokens at given positions.
+        """Index tuples for tokens at given positions (equation 13 of docs/method.md).
 
         Args:
           raw: float32 [*B, num_heads, R, k, 2], like `raw()`, or with something added.
@@ -82,7 +82,9 @@ class FreePositions(nnx.Module):
 class LearnedPositions(nnx.Module):
     """A small network that reads a token, its place, and the mean of the tokens that it may see.
 
-    It starts as `FreePositions`, to which what it says is added.
+    It starts as `FreePositions`, to which what it says is added. Its steps are shorter than those
+    of other weights, and no gradient goes through it into the tokens: the gradient of a position is
+    mostly noise, which would drown what is common to all tokens, and what these are.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class LearnedPositions(nnx.Module):
 
     def read(self, x: jax.Array) -> jax.Array:
         """What the network sees of tokens [*B, E] that are not its own, to be averaged: float32."""
-        return self.others(x.astype(jnp.float32))
+        return self.others(jax.lax.stop_gradient(x.astype(jnp.float32)))
 
     def raw(self, x: jax.Array, others: jax.Array, rows: jax.Array) -> jax.Array:
         """Raw positions of tokens x [B, R, E] at `rows` int32 [R]: float32 [B, num_heads, R, k, 2].
@@ -133,7 +135,8 @@ class LearnedPositions(nnx.Module):
         """
         batch, length, _ = x.shape
         place = rows.astype(jnp.float32)[:, None] / self.free.size * self.place[...][None]
-        hidden = self.token(x.astype(jnp.float32)) + others + place[None]
+        token = self.token(jax.lax.stop_gradient(x.astype(jnp.float32)))
+        hidden = token + others + place[None]
         heads, tuples = self.free.means.shape
         out = self.out(jax.nn.gelu(hidden)).reshape(batch, length, heads, tuples, 2)
         return _NETWORK_GAIN * jnp.moveaxis(out, 2, 1) + self.free.raw()[None]
