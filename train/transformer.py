@@ -175,25 +175,25 @@ def bits_per_byte(model: TransformerLM, windows: np.ndarray) -> float:
 
 
 def draw_patterns(model: TransformerLM, tokens: np.ndarray, layers: str) -> Figure:
-    """Where each layer looks in tokens int32 [T]: a row of pictures for a layer, one for a head."""
+    """Where the heads of each layer look in tokens int32 [T], with positions rounded."""
     patterns = nnx.view(model, deterministic=True).patterns(jnp.asarray(tokens)[None])
-    shown = [(layer, pattern) for layer, pattern in enumerate(patterns) if pattern is not None]
-    length = len(tokens)
-    heads = max([1, *(_weights(pattern).shape[0] for _, pattern in shown)])
-    rows = max(1, len(shown))
-    figure = Figure(figsize=(3.2 * heads, 3.4 * rows), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, heads, squeeze=False)
-    for axis in axes.flat:
+    pictures = [
+        (f"layer {layer} ({layers[layer]}), head {head}", weights)
+        for layer, pattern in enumerate(patterns)
+        if pattern is not None
+        for head, weights in enumerate(_weights(pattern))
+    ]
+    length, columns = len(tokens), 4
+    rows = max(1, math.ceil(len(pictures) / columns))
+    figure = Figure(figsize=(3.2 * columns, 3.4 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (title, weights) in zip(axes, pictures, strict=False):
+        extent = (0, length, length, 0)
+        axis.imshow(weights, cmap="Blues", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+        axis.plot([0, length], [0, length], color="lightgray", linewidth=0.5)
+        axis.set(title=title, xlabel="looks at", ylabel="token")
+    for axis in axes[len(pictures) :]:
         axis.set_axis_off()
-    for row, (layer, pattern) in zip(axes, shown, strict=False):
-        for head, (axis, weights) in enumerate(zip(row, _weights(pattern), strict=False)):
-            axis.set_axis_on()
-            axis.imshow(
-                weights > 0, cmap="Blues", extent=(0, length, length, 0), interpolation="nearest"
-            )
-            axis.plot([0, length], [0, length], color="lightgray", linewidth=0.5)
-            axis.set(title=f"layer {layer} ({layers[layer]}), head {head}", xlabel="looks at")
-        row[0].set_ylabel("token")
     return figure
 
 

@@ -385,7 +385,8 @@ class SparseSelfAttention(nnx.Module):
         """The pattern of tokens x [B, R, E] at int32 `rows` [R], over `length` keys."""
         if self.kind == "window":
             columns = rows[:, None] + jnp.arange(self.window, dtype=jnp.int32)[None] - self.back
-            weights = jnp.ones(columns.shape)
+            weights = ((columns >= 0) & (columns < length)).astype(jnp.float32)
+            columns = jnp.clip(columns, 0, length - 1)
             return RowSparseTensor(columns[..., None], weights, (rows.size,), (length,))
         if self.kind == "static":
             free, raw = self.positions, self.positions.raw()[None]
