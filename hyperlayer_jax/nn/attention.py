@@ -11,7 +11,7 @@ from flax import nnx
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.attention import at_keys, sparse_attention
-from hyperlayer_jax.hyperlayer import discretize, round_tuples
+from hyperlayer_jax.hyperlayer import discretize
 from hyperlayer_jax.nn.positions import HIDDEN, FreeEntries, FreePositions, LearnedPositions
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
@@ -46,8 +46,9 @@ class SparseSelfAttention(nnx.Module):
     """Self-attention in which every token attends to a few positions that are learned.
 
     In training, points are sampled around the positions, and their weights carry gradients; where
-    deterministic, positions are rounded, so that each token attends to `num_tuples` keys. The cost
-    of both grows linearly with the length, for all patterns but "dense":
+    deterministic, only the two neighbours of each position are left, so that a token attends to at
+    most 2 `num_tuples` keys. The cost of both grows linearly with the length, for all patterns but
+    "dense":
 
     - "learned": a small network reads the token, its place and the mean of all tokens up to it (of
       all tokens where not causal), and says how far away to look, and how widely.
@@ -104,7 +105,8 @@ class SparseSelfAttention(nnx.Module):
           shared: all heads share one pattern.
           rotary: turns queries and keys by their position, so that logits can tell distances.
           dtype: of the computation; that of the input where None. Positions are always float32.
-          deterministic: rounds positions; `nnx.view(model, deterministic=True)` for evaluation.
+          deterministic: takes the neighbours of positions and samples nothing; for evaluation,
+            `nnx.view(model, deterministic=True)`.
           rngs: the streams `params` and `sample`.
 
         Raises:
@@ -311,7 +313,7 @@ class SparseSelfAttention(nnx.Module):
         """Called by `nnx.view`.
 
         Args:
-          deterministic: rounds positions instead of sampling around them.
+          deterministic: takes the neighbours of positions instead of sampling around them.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -449,12 +451,12 @@ class SparseSelfAttention(nnx.Module):
     def _points(self, tuples, shape, where):
         """Points and weights of tuples [B, heads, R, k, r], without the heads axis if shared."""
         if self.deterministic:
-            # A tuple counts by its mass within half an index of its mean: one that is still wide
-            # does little anywhere in training, and must not do all of it at one point here
-            # (equation 14 of docs/method.md).
-            mass = jax.lax.erf(0.5**1.5 / tuples.sigmas).prod(-1)
+            # The neighbours of the mean, with the mass of the Gaussian near it: a tuple that is
+            # still wide does little anywhere in training, and must not do all of it at two points
+            # here (equation 14 of docs/method.md).
+            mass = jax.lax.erf(0.5**0.5 / tuples.sigmas).prod(-1)
             tuples = dataclasses.replace(tuples, values=tuples.values * mass)
-            points = round_tuples(tuples, shape, where=where)
+            points = discretize(jax.random.key(0), tuples, shape, where=where)
         else:
             points = discretize(
                 self.rngs(),
