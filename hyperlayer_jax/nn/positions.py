@@ -17,7 +17,7 @@ from hyperlayer_jax.types import IndexTuples
 HIDDEN = 64
 # Before softplus: a quarter of the index space.
 _FIRST_SIGMA = math.log(math.expm1(2.5))
-_MEAN_GAIN, _SIGMA_GAIN, _NETWORK_GAIN = 4.0, 8.0, 0.03
+_MEAN_GAIN, _SIGMA_GAIN, _NETWORK_GAIN = 4.0, 8.0, 0.02
 
 
 def _logit(share):
@@ -110,9 +110,11 @@ class LearnedPositions(nnx.Module):
           rngs: the stream `params`.
         """
         self.free = FreePositions(num_heads, num_tuples, size, causal=causal, min_sigma=min_sigma)
-        self.token = nnx.Linear(features, HIDDEN, rngs=rngs)
-        self.others = nnx.Linear(features, HIDDEN, use_bias=False, rngs=rngs)
-        self.place = nnx.Param(jax.random.normal(rngs.params(), (HIDDEN,)))
+        # Weights are kept large, and what they give is made smaller, so that steps are short.
+        large = nnx.initializers.variance_scaling(1 / _NETWORK_GAIN**2, "fan_in", "normal")
+        self.token = nnx.Linear(features, HIDDEN, kernel_init=large, rngs=rngs)
+        self.others = nnx.Linear(features, HIDDEN, use_bias=False, kernel_init=large, rngs=rngs)
+        self.place = nnx.Param(jax.random.normal(rngs.params(), (HIDDEN,)) / _NETWORK_GAIN)
         self.out = nnx.Linear(
             HIDDEN,
             num_heads * num_tuples * 2,
@@ -136,7 +138,7 @@ class LearnedPositions(nnx.Module):
         batch, length, _ = x.shape
         place = rows.astype(jnp.float32)[:, None] / self.free.size * self.place[...][None]
         token = self.token(jax.lax.stop_gradient(x.astype(jnp.float32)))
-        hidden = token + others + place[None]
+        hidden = _NETWORK_GAIN * (token + others + place[None])
         heads, tuples = self.free.means.shape
         out = self.out(jax.nn.gelu(hidden)).reshape(batch, length, heads, tuples, 2)
         return _NETWORK_GAIN * jnp.moveaxis(out, 2, 1) + self.free.raw()[None]
