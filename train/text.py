@@ -64,10 +64,9 @@ def load(name: str, data_dir: str | None = None) -> Corpus:
         builder = open_tfds(
             name, data_dir, flag=f"--corpus={name}", otherwise=", or --corpus=PATH, any text"
         )
-        examples = builder.as_data_source("train")
         if "text" not in builder.info.features:
             raise DataError(f"--corpus={name} has no feature called text")
-        text = b"\n".join(example["text"] for example in examples)
+        text = b"\n".join(example["text"] for example in builder.as_data_source("train"))
     if not text:
         raise DataError(f"--corpus={name}: found no text")
     array = np.frombuffer(text, np.uint8)

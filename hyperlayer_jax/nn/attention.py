@@ -138,7 +138,6 @@ class SparseSelfAttention(nnx.Module):
         self.num_global = checks.check_count("num_global", num_global)
         self.num_local = checks.check_count("num_local", num_local)
         self.region = region
-        self.min_sigma = min_sigma
         self.window, self.stride, self.block = window, stride, block
         self.back = window - 1 if causal else window // 2
         self.rotary = rotary

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.scipy.special import logit
 
 from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
@@ -18,10 +19,6 @@ HIDDEN = 64
 # Before softplus: a quarter of the index space.
 _FIRST_SIGMA = math.log(math.expm1(2.5))
 _MEAN_GAIN, _SIGMA_GAIN, _NETWORK_GAIN = 4.0, 8.0, 0.02
-
-
-def _logit(share):
-    return np.log(share / (1 - share))
 
 
 class FreePositions(nnx.Module):
@@ -49,15 +46,13 @@ class FreePositions(nnx.Module):
         share = share.reshape(num_tuples, num_heads).T
         if not causal:
             share = (1 + share * np.where(np.arange(num_tuples) % 2, 1, -1)) / 2
-        means, sigmas = _logit(share) / _MEAN_GAIN, np.full(share.shape, _FIRST_SIGMA / _SIGMA_GAIN)
-        self.means = nnx.Param(jnp.asarray(means, jnp.float32))
-        self.sigmas = nnx.Param(jnp.asarray(sigmas, jnp.float32))
+        self.means = nnx.Param(logit(jnp.asarray(share, jnp.float32)) / _MEAN_GAIN)
+        self.sigmas = nnx.Param(jnp.full(share.shape, _FIRST_SIGMA / _SIGMA_GAIN))
 
     def raw(self) -> jax.Array:
         """Means and sigmas before they are brought into range: float32 [num_heads, 1, k, 2]."""
-        return jnp.stack([self.means[...] * _MEAN_GAIN, self.sigmas[...] * _SIGMA_GAIN], -1)[
-            :, None
-        ]
+        means, sigmas = self.means[...] * _MEAN_GAIN, self.sigmas[...] * _SIGMA_GAIN
+        return jnp.stack([means, sigmas], -1)[:, None]
 
     def tuples(self, raw: jax.Array, rows: jax.Array) -> IndexTuples:
         """Index tuples for tokens at given positions (equation 13 of docs/method.md).
@@ -162,7 +157,7 @@ class FreeEntries(nnx.Module):
         # Half an index from either end, where the sigmoid is flat.
         share = (jnp.stack([rows, columns], -1) + 0.5) / size
         self.size, self.min_sigma = size, min_sigma
-        self.means = nnx.Param((jnp.log(share) - jnp.log1p(-share)) / _MEAN_GAIN)
+        self.means = nnx.Param(logit(share) / _MEAN_GAIN)
         self.sigmas = nnx.Param(jnp.full(columns.shape, _FIRST_SIGMA / _SIGMA_GAIN))
 
     def tuples(self) -> IndexTuples:
