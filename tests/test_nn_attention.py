@@ -207,7 +207,7 @@ def test_logits_of_turned_vectors_depend_on_the_distance_alone():
         ({"pattern": "wide"}, "pattern"),
         ({"num_kv_heads": 3}, "num_kv_heads"),
         ({"features": 15}, "num_heads"),
-        ({"features": 12}, "rotary"),
+        ({"features": 12, "rotary": True}, "rotary"),
         ({"num_tuples": 0}, "num_tuples"),
         ({"window": -1}, "window"),
     ],

@@ -33,11 +33,11 @@ from train import figures, launcher, loop, text
 _DEFAULTS = {
     "text": {
         "layers": "wwwl", "length": 256, "num_heads": 4, "num_tuples": 4, "num_global": 2,
-        "steps": 1000, "batch_size": 8, "learning_rate": 3e-3,
+        "steps": 1000,
     },
     "offset": {
         "layers": "s", "num_heads": 1, "num_tuples": 2, "num_global": 32,
-        "steps": 4000, "batch_size": 8, "learning_rate": 5e-3,
+        "steps": 4000,
     },
 }  # fmt: skip
 _VALIDATION_WINDOWS, _TEST_WINDOWS, _WINDOWS_AT_ONCE = 128, 1024, 32
@@ -91,8 +91,8 @@ class Config(launcher.Config):
     dropout: float = launcher.flag(0.0, "Share of outputs dropped in training.", minimum=0.0)
     bfloat16: bool = launcher.flag(False, "Computes in bfloat16.")
     steps: int | None = _by_task("steps", "Number of updates.")
-    batch_size: int | None = _by_task("batch_size", "Examples in an update.")
-    learning_rate: float | None = _by_task("learning_rate", "Highest step size.", 0)
+    batch_size: int = launcher.flag(8, "Examples in an update.", minimum=1)
+    learning_rate: float = launcher.flag(3e-3, "Highest step size.", minimum=0.0)
     warmup: int = launcher.flag(100, "Updates until the step size is highest.", minimum=0)
     clip: float = launcher.flag(1.0, "Largest norm of a gradient.", minimum=0.0)
     temperature: float = launcher.flag(0.7, "Of the continuations that are drawn.", minimum=0.0)

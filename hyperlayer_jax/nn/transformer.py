@@ -55,8 +55,8 @@ class TransformerLM(nnx.Module):
           max_length: the most tokens that there can be.
           layers: a letter for each layer, see the class.
           hidden: units between the two matrices after each attention; 4 E where None.
-          positions: how layers know the place of a token: "rotary" turns queries and keys,
-            "learned" adds a vector to each token.
+          positions: how layers know the place of a token: "rotary" turns queries and keys in the
+            layers that do not learn single positions, "learned" adds a vector to each token.
           attention: makes a layer's attention, for options that are not among these:
             `functools.partial(SparseSelfAttention, num_tuples=8, window=64)`.
           dropout: the share of the outputs of each part that is dropped in training.
@@ -86,7 +86,7 @@ class TransformerLM(nnx.Module):
                         max_length,
                         pattern=KINDS[letter],
                         causal=True,
-                        rotary=positions == "rotary",
+                        rotary=None if positions == "rotary" else False,
                         dtype=dtype,
                         rngs=rngs,
                     ),
