@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from hyperlayer_jax import checks, kernels
+from hyperlayer_jax.kernels.xla import accumulator
 from hyperlayer_jax.tensors import sparse_softmax
-from hyperlayer_jax.types import RowSparseTensor, SparseTensor, compute_dtype
+from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
 # A smaller weight is none: its gradient, of the order of its inverse, must stay finite.
 _MIN_WEIGHT = 1e-30
@@ -130,7 +131,7 @@ def at_keys(mask: jax.Array, columns: jax.Array) -> jax.Array:
 def _over_entries(query, key, value, rows, columns, log_weights, implementation):
     """`kernels.gathered_attention` of entries [*B, n] in any order, rows inside the query."""
     shape = (query.shape[-2],), (key.shape[-2],)
-    dtype = compute_dtype(query.dtype)
+    dtype = accumulator(query.dtype)
     q, k, v = (x.astype(dtype) for x in (query, key, value))
     logits = kernels.sddmm(rows, columns, q, k, implementation=implementation)
     inside = (columns >= 0) & (columns < key.shape[-2])

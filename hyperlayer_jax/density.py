@@ -3,8 +3,9 @@
 import jax
 
 from hyperlayer_jax import checks, kernels
+from hyperlayer_jax.kernels.xla import accumulator
 from hyperlayer_jax.sampling import duplicate_mask
-from hyperlayer_jax.types import IndexTuples, compute_dtype
+from hyperlayer_jax.types import IndexTuples
 
 
 def redistribute(
@@ -46,7 +47,7 @@ def redistribute(
         checks.check_mask("where", where, (*leading, m))
         allowed &= where
 
-    dtype = compute_dtype(tuples.values.dtype)
+    dtype = accumulator(tuples.values.dtype)
     means, sigmas, values = (x.astype(dtype) for x in (tuples.means, tuples.sigmas, tuples.values))
     shares = kernels.redistribute(indices, means, sigmas, values, allowed)
     return shares.astype(tuples.values.dtype)

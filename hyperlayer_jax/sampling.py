@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax import checks
+from hyperlayer_jax.kernels.xla import accumulator
 from hyperlayer_jax.transforms import last_indices
-from hyperlayer_jax.types import compute_dtype
 
 # Up to this many points, comparing all pairs beats hashing (measured on CPU).
 _MAX_PAIRWISE = 32
@@ -100,7 +100,7 @@ def round_means(means: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 def _to_indices(whole: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Clips whole numbers, floating [..., r], to [0, shape) and makes them int32."""
-    whole = whole.astype(compute_dtype(whole.dtype))
+    whole = whole.astype(accumulator(whole.dtype))
     last = last_indices(shape, whole.dtype).reshape((1,) * (whole.ndim - 1) + (-1,))
     return jnp.clip(whole, 0, last).astype(jnp.int32)
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax import checks
+from hyperlayer_jax.kernels.xla import accumulator
 from hyperlayer_jax.sampling import duplicate_mask
 from hyperlayer_jax.tensors import contract
-from hyperlayer_jax.types import RowSparseTensor, compute_dtype
+from hyperlayer_jax.types import RowSparseTensor
 
 # Beyond it a split is certain, and sums over a bucket are still finite.
 _MAX_LOG_ODDS = 1e30
@@ -89,7 +90,7 @@ def soft_quicksort(
         jax.random.split(key, max(len(starts) - 1, 1)), starts, starts[1:], strict=False
     ):
         noise_shape = (*scores.shape[:-1], num_samples, scores.shape[-1])
-        noise = jax.random.logistic(level_key, noise_shape, compute_dtype(scores.dtype))
+        noise = jax.random.logistic(level_key, noise_shape, accumulator(scores.dtype))
         permutation = _split(noise, levels[-1], start, next_start, certainty, proposal)
         permutations.append(permutation)
         items.append(_apply(permutation, items[-1]))
@@ -131,7 +132,7 @@ def _split(noise, scores, start, next_start, certainty, proposal):
         fixed = [jnp.broadcast_to(_align(a, by), by.shape) for a in (bucket, positions)]
         return jax.lax.sort((fixed[0], by, fixed[1]), num_keys=2, is_stable=True)[2]
 
-    scores = scores.astype(compute_dtype(scores.dtype))
+    scores = scores.astype(accumulator(scores.dtype))
     by_score = order(jax.lax.stop_gradient(scores))
     ordered = jnp.take_along_axis(scores, by_score, axis=-1)
     below = np.where((stop - start) % 2, middle, np.maximum(middle - 1, 0))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax import checks, kernels
-from hyperlayer_jax.types import RowSparseTensor, SparseTensor, compute_dtype
+from hyperlayer_jax.kernels.xla import accumulator
+from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
 
 def contract(
@@ -124,7 +125,7 @@ def sparse_softmax(
     """
     leading, out_shape, _ = checks.check_tensor(tensor)
     dtype = tensor.values.dtype
-    logits = tensor.values.astype(compute_dtype(dtype))
+    logits = tensor.values.astype(accumulator(dtype))
     if isinstance(tensor, RowSparseTensor):
         top = jax.lax.stop_gradient(logits.max(-1, keepdims=True, initial=-jnp.inf))
         weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))

@@ -7,7 +7,6 @@ they can hold tracers, gradients and specs as any pytree can.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -66,8 +65,3 @@ class RowSparseTensor:
     values: jax.Array
     out_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     in_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-
-def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype that sums over `dtype` are made in: float32, or float64 for float64."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -24,7 +24,7 @@ _einsum = functools.partial(jnp.einsum, precision="highest")
 
 
 def accumulator(dtype):
-    """The dtype in which sums over `dtype` are made."""
+    """The dtype that sums over `dtype` are made in: float32, or float64 for float64."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
