@@ -32,11 +32,11 @@ from train import figures, launcher, loop, text
 
 _DEFAULTS = {
     "text": {
-        "layers": "wwwl", "length": 256, "num_heads": 4, "num_tuples": 4, "num_global": 2,
-        "steps": 1000,
+        "layers": "wwwl", "positions": "rotary", "length": 256, "num_heads": 4, "num_tuples": 4,
+        "num_global": 2, "steps": 1000,
     },
     "offset": {
-        "layers": "s", "num_heads": 1, "num_tuples": 2, "num_global": 32,
+        "layers": "s", "positions": "none", "num_heads": 1, "num_tuples": 2, "num_global": 32,
         "steps": 4000,
     },
 }  # fmt: skip
@@ -70,8 +70,8 @@ class Config(launcher.Config):
         "d dense.",
         None,
     )
-    positions: Literal["rotary", "learned"] = launcher.flag(
-        "rotary", "How layers know the place of a token."
+    positions: Literal["rotary", "learned", "none"] | None = _by_task(
+        "positions", "How layers know the place of a token.", None
     )
     length: int | None = launcher.flag(
         None,

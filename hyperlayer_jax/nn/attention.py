@@ -79,7 +79,7 @@ class SparseSelfAttention(nnx.Module):
         stride: int = 8,
         block: int = 64,
         shared: bool = False,
-        rotary: bool | None = None,
+        rotary: bool = True,
         dtype: jnp.dtype | None = None,
         deterministic: bool = False,
         rngs: nnx.Rngs,
@@ -103,10 +103,9 @@ class SparseSelfAttention(nnx.Module):
           stride: one token in so many looks back in "strided".
           block: tokens in a block of "block".
           shared: all heads share one pattern.
-          rotary: turns queries and keys by their position, so that logits can tell distances. Where
-            None, only in "window", "block" and "dense": where single positions are learned, logits
-            that tell distances find the right one among the sampled points, and the gradient of the
-            mean, which need not be right any more, vanishes.
+          rotary: turns queries and keys by their position, so that logits can tell distances. They
+            then find the right one among sampled points by themselves, and leave a learned position
+            that is nearly right without a gradient (docs/offset.md).
           dtype: of the computation; that of the input where None. Positions are always float32.
           deterministic: takes the neighbours of positions and samples nothing; for evaluation,
             `nnx.view(model, deterministic=True)`.
@@ -131,8 +130,6 @@ class SparseSelfAttention(nnx.Module):
                 f"num_heads: got {num_heads}, want a divisor of features, {features}, and a "
                 f"multiple of num_kv_heads, {num_kv_heads}"
             )
-        if rotary is None:
-            rotary = pattern in ("window", "block", "dense")
         if rotary and (features // num_heads) % 2:
             raise ValueError(f"features: got {features}, want an even number per head for rotary")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads

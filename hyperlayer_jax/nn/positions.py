@@ -4,8 +4,6 @@ Each is made for an index space of `size` positions (tokens, or blocks of them),
 of `num_heads` heads and `num_tuples` tuples how far away to look, and how widely.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,17 +14,18 @@ from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
 
 HIDDEN = 64
-# Before softplus: a quarter of the index space.
-_FIRST_SIGMA = math.log(math.expm1(2.5))
+# The widest of the first sigmas, as a part of the index space.
+_FIRST_SIGMA = 0.25
 _MEAN_GAIN, _SIGMA_GAIN, _NETWORK_GAIN = 4.0, 8.0, 0.02
 
 
 class FreePositions(nnx.Module):
     """Distances that are parameters, the same for every token.
 
-    At first they are spread over all of the space, more densely next to the token, and wide enough
-    to feel any other position. Parameters are kept small, so that a step of Adam that suits other
-    weights is a longer one of positions, and one yet longer of sigmas.
+    At first they are spread over all of the space, more densely next to the token, each as wide as
+    the space up to the next one, or as a quarter of all: together they feel any position.
+    Parameters are kept small, so that a step of Adam that suits other weights is a longer one of
+    positions, and one yet longer of sigmas.
     """
 
     def __init__(
@@ -42,12 +41,13 @@ class FreePositions(nnx.Module):
           min_sigma: the smallest sigma, in positions.
         """
         self.size, self.causal, self.min_sigma = size, causal, min_sigma
-        share = ((np.arange(num_tuples * num_heads) + 0.5) / (num_tuples * num_heads)) ** 2
-        share = share.reshape(num_tuples, num_heads).T
+        count = num_tuples * num_heads
+        place = (np.arange(count) + 0.5).reshape(num_tuples, num_heads).T
+        share, space = (place / count) ** 2, 2 * place / count**2
         if not causal:
             share = (1 + share * np.where(np.arange(num_tuples) % 2, 1, -1)) / 2
         self.means = nnx.Param(logit(jnp.asarray(share, jnp.float32)) / _MEAN_GAIN)
-        self.sigmas = nnx.Param(jnp.full(share.shape, _FIRST_SIGMA / _SIGMA_GAIN))
+        self.sigmas = nnx.Param(_raw_sigmas(np.minimum(space, _FIRST_SIGMA)))
 
     def raw(self) -> jax.Array:
         """Means and sigmas before they are brought into range: float32 [num_heads, 1, k, 2]."""
@@ -158,7 +158,7 @@ class FreeEntries(nnx.Module):
         share = (jnp.stack([rows, columns], -1) + 0.5) / size
         self.size, self.min_sigma = size, min_sigma
         self.means = nnx.Param(logit(share) / _MEAN_GAIN)
-        self.sigmas = nnx.Param(jnp.full(columns.shape, _FIRST_SIGMA / _SIGMA_GAIN))
+        self.sigmas = nnx.Param(_raw_sigmas(np.full(columns.shape, _FIRST_SIGMA)))
 
     def tuples(self) -> IndexTuples:
         """Means and sigmas [num_heads, size, k, 2], values of 1: a chunk for each row."""
@@ -166,3 +166,8 @@ class FreeEntries(nnx.Module):
         raw = self.sigmas[...] * _SIGMA_GAIN
         sigmas = transform_sigmas(raw, (self.size, self.size), minimum=self.min_sigma)
         return IndexTuples(means, sigmas, jnp.ones_like(raw))
+
+
+def _raw_sigmas(share: np.ndarray) -> jax.Array:
+    """Parameters whose sigmas are these parts of the index space (equation 3 of docs/method.md)."""
+    return jnp.asarray(np.log(np.expm1(10 * share)) / _SIGMA_GAIN, jnp.float32)

@@ -1,5 +1,6 @@
 """A language model that mixes kinds of attention, layer by layer."""
 
+import typing
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,6 +11,8 @@ from flax import nnx
 from hyperlayer_jax import checks
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
+
+Positions = Literal["rotary", "learned", "none"]
 
 KINDS = {
     "l": "learned",
@@ -40,7 +43,7 @@ class TransformerLM(nnx.Module):
         *,
         layers: str = "wwwl",
         hidden: int | None = None,
-        positions: Literal["rotary", "learned"] = "rotary",
+        positions: Positions = "rotary",
         attention: Callable[..., SparseSelfAttention] = SparseSelfAttention,
         dropout: float = 0.0,
         dtype: jnp.dtype | None = None,
@@ -55,8 +58,8 @@ class TransformerLM(nnx.Module):
           max_length: the most tokens that there can be.
           layers: a letter for each layer, see the class.
           hidden: units between the two matrices after each attention; 4 E where None.
-          positions: how layers know the place of a token: "rotary" turns queries and keys in the
-            layers that do not learn single positions, "learned" adds a vector to each token.
+          positions: how layers know the place of a token: "rotary" turns queries and keys,
+            "learned" adds a vector to each token, "none" leaves it to the patterns.
           attention: makes a layer's attention, for options that are not among these:
             `functools.partial(SparseSelfAttention, num_tuples=8, window=64)`.
           dropout: the share of the outputs of each part that is dropped in training.
@@ -69,8 +72,9 @@ class TransformerLM(nnx.Module):
         if not layers or not set(layers) <= set(KINDS):
             known = ", ".join(f"{letter} ({kind})" for letter, kind in KINDS.items())
             raise ValueError(f"layers: got {layers!r}, want one letter for each layer of {known}")
-        if positions not in ("rotary", "learned"):
-            raise ValueError(f'positions: got {positions!r}, want "rotary" or "learned"')
+        if positions not in typing.get_args(Positions):
+            names = ", ".join(map(repr, typing.get_args(Positions)))
+            raise ValueError(f"positions: got {positions!r}, want one of {names}")
         self.dtype = dtype or jnp.float32
         self.max_length = checks.check_count("max_length", max_length)
         self.embed = nnx.Embed(num_tokens, features, dtype=dtype, rngs=rngs)
@@ -86,7 +90,7 @@ class TransformerLM(nnx.Module):
                         max_length,
                         pattern=KINDS[letter],
                         causal=True,
-                        rotary=None if positions == "rotary" else False,
+                        rotary=positions == "rotary",
                         dtype=dtype,
                         rngs=rngs,
                     ),
