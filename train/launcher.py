@@ -107,7 +107,7 @@ def _parse(config_class: type[_Config], argv: list[str]) -> tuple[_Config, str |
 
 
 def _define(field: dataclasses.Field, hint: Any, values: flags.FlagValues) -> None:
-    if isinstance(hint, types.UnionType):
+    if types.NoneType in typing.get_args(hint):
         (hint,) = set(typing.get_args(hint)) - {types.NoneType}
     minimum = field.metadata["minimum"]
     arguments = (field.name, field.default)
