@@ -60,11 +60,11 @@ def sparse_attention(
       ValueError: an argument has the wrong shape or dtype, or `implementation` is unknown.
       NotImplementedError: the backend named cannot do this.
     """
-    _check(query, key, value, pattern, mask)
+    leading = _check(query, key, value, pattern, mask)
     batch, length, heads, width = query.shape
     key_heads = key.shape[2]
     block = length // pattern.out_shape[0]
-    indices, weights = _per_head(pattern, batch, heads)
+    indices, weights = _per_head(pattern, leading, batch, heads)
     query, key, value = (jnp.moveaxis(x, 1, 2) for x in (query, key, value))
     query = query * jnp.asarray(width**-0.5, query.dtype)
 
@@ -105,9 +105,9 @@ def sparse_attention(
     return jnp.moveaxis(out.reshape(batch, heads, length, -1), 1, 2)
 
 
-def _per_head(pattern, batch, heads):
-    """The indices and weights of a pattern with the leading axes (batch, heads)."""
-    missing = 2 - len(checks.check_tensor(pattern)[0])
+def _per_head(pattern, leading, batch, heads):
+    """The indices and weights of a pattern with the axes (batch, heads) for its `leading` ones."""
+    missing = 2 - len(leading)
 
     def spread(x):
         x = x[:, None] if missing == 1 else x[(None,) * missing]
@@ -168,6 +168,7 @@ def _over_blocks(query, key, value, indices, weights, block, causal, mask, imple
 
 
 def _check(query, key, value, pattern, mask):
+    """Raises for wrong arguments; returns the leading axes of the pattern."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         checks.check_float(name, x, 4, "[B, length, heads, features]")
         if x.ndim != 4 or x.shape[0] != query.shape[0]:
@@ -195,7 +196,7 @@ def _check(query, key, value, pattern, mask):
     if len(out_shape) != 1 or len(in_shape) != 1:
         raise ValueError(f"pattern: got {out_shape} by {in_shape}, want one axis each")
     if (*out_shape, *in_shape) == shape:
-        return
+        return leading
     in_blocks = (
         isinstance(pattern, RowSparseTensor)
         and length % out_shape[0] == 0
@@ -207,3 +208,4 @@ def _check(query, key, value, pattern, mask):
             f"pattern: got {out_shape} by {in_shape}, want {shape} of query and key, or a "
             "RowSparseTensor with both divided by the size of a block"
         )
+    return leading

@@ -179,7 +179,7 @@ class SparseSelfAttention(nnx.Module):
         Raises:
           ValueError: x or mask has the wrong shape or dtype.
         """
-        pattern = self.pattern(x, mask=mask)
+        self._check(x, mask)
         length = x.shape[1]
         query, key, value = self._project(x, jnp.arange(length, dtype=jnp.int32))
         if self.kind == "dense":
@@ -188,6 +188,7 @@ class SparseSelfAttention(nnx.Module):
             out = self._in_window(query, key, value, mask)
         elif self.kind == "strided":
             out = self._own_values(value)
+            pattern = self._pattern(x, mask)
             if pattern is not None:
                 rows = np.s_[:, self.stride - 1 :: self.stride]
                 seen = sparse_attention(query[rows], key, value, pattern, mask=mask)
@@ -199,9 +200,10 @@ class SparseSelfAttention(nnx.Module):
                 exists = jnp.ones(x.shape[:2], bool)
             exists = None if exists is None else jnp.pad(exists, padding)
             padded = (jnp.pad(y, [*padding, (0, 0), (0, 0)]) for y in (query, key, value))
+            pattern = self._pattern(x, mask)
             out = sparse_attention(*padded, pattern, causal=self.causal, mask=exists)[:, :length]
         else:
-            out = sparse_attention(query, key, value, pattern, mask=mask)
+            out = sparse_attention(query, key, value, self._pattern(x, mask), mask=mask)
         out = self.merge(out.reshape(*x.shape[:2], -1))
         return out if mask is None else jnp.where(mask[..., None], out, 0)
 
@@ -223,23 +225,7 @@ class SparseSelfAttention(nnx.Module):
           ValueError: x or mask has the wrong shape or dtype.
         """
         self._check(x, mask)
-        length = x.shape[1]
-        rows = jnp.arange(length, dtype=jnp.int32)
-        if self.kind == "dense" or (self.kind == "strided" and length < self.stride):
-            return None
-        if self.kind == "learned2d":
-            return self._entries(rows, len(x), length, mask)
-        others = self._others(x, mask)
-        if self.kind == "block":
-            first = np.s_[:, :: self.block]
-            x, others = x[first], others[first]
-            rows = rows[: x.shape[1]]
-            blocks, weights = self._blocks(self.positions.raw(x, others, rows), rows, rows.size)
-            return RowSparseTensor(blocks[..., None], weights, (rows.size,), (rows.size,))
-        if self.kind == "strided":
-            looks_back = np.s_[self.stride - 1 :: self.stride]
-            x, others, rows = x[:, looks_back], others[:, looks_back], rows[looks_back]
-        return self._rows(x, others, rows, length, mask)
+        return self._pattern(x, mask)
 
     def init_cache(self, batch: int, dtype: jnp.dtype = jnp.float32) -> AttentionCache:
         """An empty cache for `extend`.
@@ -327,6 +313,26 @@ class SparseSelfAttention(nnx.Module):
             )
         if mask is not None:
             checks.check_mask("mask", mask, x.shape[:2])
+
+    def _pattern(self, x, mask):
+        """`pattern` of what has been checked."""
+        length = x.shape[1]
+        rows = jnp.arange(length, dtype=jnp.int32)
+        if self.kind == "dense" or (self.kind == "strided" and length < self.stride):
+            return None
+        if self.kind == "learned2d":
+            return self._entries(rows, len(x), length, mask)
+        others = self._others(x, mask)
+        if self.kind == "block":
+            first = np.s_[:, :: self.block]
+            x, others = x[first], others[first]
+            rows = rows[: x.shape[1]]
+            blocks, weights = self._blocks(self.positions.raw(x, others, rows), rows, rows.size)
+            return RowSparseTensor(blocks[..., None], weights, (rows.size,), (rows.size,))
+        if self.kind == "strided":
+            looks_back = np.s_[self.stride - 1 :: self.stride]
+            x, others, rows = x[:, looks_back], others[:, looks_back], rows[looks_back]
+        return self._rows(x, others, rows, length, mask)
 
     def _project(self, x, rows):
         """Queries [B, T, N, H], keys and values [B, T, K, H] of tokens x [B, T, E]."""
