@@ -418,10 +418,13 @@ class SparseSelfAttention(nnx.Module):
 
         def visible(indices):
             row, column = indices[..., 0], indices[..., 1]
-            seen = (row < length) & (column < length)
+            exists = column < length
             if mask is not None:
-                seen &= at_keys(mask, column)
-            return seen & (column <= row) if self.causal else seen
+                exists &= at_keys(mask, column)
+            if self.causal:
+                # Rows to come keep their shares: what a token sees is the same however many follow.
+                return (column <= row) & (exists | (column >= length))
+            return exists & (row < length)
 
         indices, weights = self._points(tuples, (self.size, self.size), visible)
         indices = indices.at[..., 0].add(-rows[0])
