@@ -9,14 +9,14 @@ import numpy as np
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.density import redistribute
-from hyperlayer_jax.sampling import round_means, sample_indices
+from hyperlayer_jax.sampling import fixed_indices, round_means, sample_indices
 from hyperlayer_jax.types import IndexTuples
 
 Predicate = Callable[[jax.Array], jax.Array]
 
 
 def discretize(
-    key: jax.Array,
+    key: jax.Array | None,
     tuples: IndexTuples,
     shape: Sequence[int],
     *,
@@ -25,17 +25,19 @@ def discretize(
     region: int | Sequence[int] | None = None,
     where: Predicate | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Turns tuples into integer points and values for training (docs/method.md, equations 4 to 6).
+    """Turns tuples into integer points and values (docs/method.md, equations 4 to 6).
 
     Samples points around the means and redistributes the values over them, chunk by chunk.
     Gradients reach means, sigmas and values through the values of the points.
 
     Args:
-      key: a PRNG key.
+      key: a PRNG key, for training; or None, for evaluation: as many points, without chance (in
+        docs/method.md, section "Evaluation").
       tuples: means and sigmas [*B, k, r], values [*B, k].
       shape: the r axes of the index space.
-      num_global: points per tuple drawn from the whole space.
-      num_local: points per tuple drawn from the region.
+      num_global: points per tuple drawn from the whole space; without a key, quantiles of the
+        Gaussian.
+      num_local: points per tuple drawn from the region; without a key, spread evenly over it.
       region: the axes of the region around a mean; needed when num_local > 0.
       where: a predicate, int32 [*B, m, r] -> bool [*B, m], of the points that are allowed; the
         others take no part in the normalisation and get 0. It must be a function of the
@@ -51,9 +53,12 @@ def discretize(
     checks.check_tuples(tuples)
     means, sigmas = _stored(tuples.means), _stored(tuples.sigmas)
     tuples = dataclasses.replace(tuples, means=means, sigmas=sigmas)
-    indices = _stored(
-        sample_indices(key, means, shape, num_global=num_global, num_local=num_local, region=region)
-    )
+    counts = {"num_global": num_global, "num_local": num_local, "region": region}
+    if key is None:
+        indices = fixed_indices(means, sigmas, shape, **counts)
+    else:
+        indices = sample_indices(key, means, shape, **counts)
+    indices = _stored(indices)
     allowed = None if where is None else where(indices)
     return indices, redistribute(indices, tuples, where=allowed)
 

@@ -26,6 +26,7 @@ import hyperlayer_jax as hl
 from hyperlayer_jax import sampling
 
 KEY = jax.random.key(0)
+OFFSET = 5**0.5 / 4
 HUGE = float(np.finfo(np.float32).max)
 # Index space and region: short axes, a region of a single index, one larger than the axis.
 SPACES = (
@@ -35,6 +36,9 @@ SPACES = (
     ((2**31 - 1, 10**6, 3), (2**31 - 1, 11, 1)),
 )
 sample = jax.jit(hl.sample_indices, static_argnames=("shape", "num_global", "num_local", "region"))
+fixed = jax.jit(
+    sampling.fixed_indices, static_argnames=("shape", "num_global", "num_local", "region")
+)
 duplicates = jax.jit(hl.duplicate_mask)
 
 
@@ -105,6 +109,50 @@ def test_a_region_larger_than_an_axis_is_the_axis():
     whole = sample(KEY, jnp.full((1, 2), 3.0), (9, 4), num_local=50, region=(9, 4))
     larger = sample(KEY, jnp.full((1, 2), 3.0), (9, 4), num_local=50, region=2**31 - 1)
     assert_equal(larger, whole)
+
+
+@given(case=st.one_of(means_in(-2, 2), means_in(-HUGE / 2**32, HUGE / 2**32)))
+def test_fixed_points_lie_as_drawn_ones_do(case):
+    """In the space, tuple by tuple: neighbours, then global points, then those of the region."""
+    means, shape, region = case
+    counts = {"num_global": 3, "num_local": 4, "region": region}
+    points = fixed(means, jnp.ones_like(means), shape, **counts)
+    drawn = sample(KEY, means, shape, **counts)
+    assert points.shape == drawn.shape and points.dtype == jnp.int32
+    assert (np.asarray(points) >= 0).all() and (np.asarray(points, np.int64) < shape).all()
+    near = 2 ** len(shape)
+    points, drawn = (
+        np.asarray(x).reshape(2, 3, near + 7, len(shape)).astype(np.int64) for x in (points, drawn)
+    )
+    assert_equal(points[:, :, :near], drawn[:, :, :near])
+    width = np.minimum(region, shape)
+    assert (np.ptp(points[:, :, near + 3 :], axis=2) < width).all()
+
+
+@given(mean=st.floats(-150, 250, width=32), sigma=st.floats(0.25, 90, width=32))
+def test_fixed_points_are_quantiles_and_divide_the_region(mean, sigma):
+    points = fixed(jnp.full((1, 1), mean), jnp.full((1, 1), sigma), (100,), num_global=5)
+    borders = (-0.5 - mean) / sigma, (99.5 - mean) / sigma
+    if max(borders[0], -borders[1]) < 12:
+        want = stats.truncnorm(*borders, mean, sigma).ppf((np.arange(5) + OFFSET) / 5)
+        got = np.sort(np.asarray(points)[2:, 0])
+        assert np.abs(got - want).max() <= 0.5 + 1e-3
+    else:
+        assert (np.asarray(points) == (0 if mean < 0 else 99)).all()
+    for count in (1, 2, 3, 8):
+        counts = {"num_local": count, "region": 8}
+        points = np.asarray(fixed(jnp.full((1, 1), mean), jnp.ones((1, 1)), (100,), **counts))
+        start = np.clip(np.round(mean) - 4, 0, 92)
+        assert_equal(points[2:, 0] - start, np.floor((np.arange(count) + OFFSET) * 8 / count))
+
+
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_fixed_global_points_have_the_moments_of_the_gaussian(r):
+    mean, sigma = np.float32([500, 400, 450][:r]), np.float32([100, 20, 50][:r])
+    points = fixed(mean[None], sigma[None], (1000,) * r, num_global=256)[2**r :]
+    np.testing.assert_allclose(np.mean(points, 0), mean, atol=0.1 * sigma.min())
+    np.testing.assert_allclose(np.std(points, 0), sigma, rtol=0.03)
+    assert np.abs(np.corrcoef(points, rowvar=False) - np.eye(r)).max() < 0.1
 
 
 def p_uniform(points, shape):

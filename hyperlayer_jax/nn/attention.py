@@ -45,10 +45,11 @@ class AttentionCache:
 class SparseSelfAttention(nnx.Module):
     """Self-attention in which every token attends to a few positions that are learned.
 
-    In training, points are sampled around the positions, and their weights carry gradients; where
-    deterministic, only the two neighbours of each position are left, so that a token attends to at
-    most 2 `num_tuples` keys. The cost of both grows linearly with the length, for all patterns but
-    "dense":
+    Around each position there are its two neighbours, `num_global` points of all and `num_local`
+    near it, so that a token attends to at most (2 + `num_global` + `num_local`) `num_tuples` keys.
+    In training the points are drawn, and their weights carry gradients; where deterministic, they
+    are fixed by the mean and sigma. The cost of both grows linearly with the length, for all
+    patterns but "dense":
 
     - "learned": a small network reads the token, its place and the mean of all tokens up to it (of
       all tokens where not causal), and says how far away to look, and how widely.
@@ -95,8 +96,9 @@ class SparseSelfAttention(nnx.Module):
           num_kv_heads: K, heads of keys and values, each serving N / K of the query; N where None.
           num_tuples: k, the learned positions of each token and head ("learned2d": of each row of
             the attention matrix; "block": of each block).
-          num_global: points per tuple drawn from all positions, in training.
-          num_local: points per tuple drawn from its region, in training.
+          num_global: points per tuple drawn from all positions; deterministic, quantiles of its
+            Gaussian.
+          num_local: points per tuple drawn from its region; deterministic, spread evenly over it.
           region: positions around a mean that count as near.
           min_sigma: the smallest sigma, in positions.
           window: the tokens that "window" sees.
@@ -107,7 +109,7 @@ class SparseSelfAttention(nnx.Module):
             then find the right one among sampled points by themselves, and leave a learned position
             that is nearly right without a gradient (docs/offset.md).
           dtype: of the computation; that of the input where None. Positions are always float32.
-          deterministic: takes the neighbours of positions and samples nothing; for evaluation,
+          deterministic: takes fixed points instead of drawing them; for evaluation,
             `nnx.view(model, deterministic=True)`.
           rngs: the streams `params` and `sample`.
 
@@ -300,7 +302,7 @@ class SparseSelfAttention(nnx.Module):
         """Called by `nnx.view`.
 
         Args:
-          deterministic: takes the neighbours of positions instead of sampling around them.
+          deterministic: takes fixed points instead of drawing them.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -408,7 +410,7 @@ class SparseSelfAttention(nnx.Module):
             seen = columns >= 0 if mask is None else at_keys(mask, columns)
             return seen & (columns <= rows[None, None, :, None]) if self.causal else seen
 
-        indices, weights = self._points(free.tuples(raw, rows), (length,), visible)
+        indices, weights = self._points(free.tuples(raw, rows), length, visible)
         return RowSparseTensor(indices, weights, (rows.size,), (length,))
 
     def _entries(self, rows, batch, length, mask):
@@ -426,7 +428,7 @@ class SparseSelfAttention(nnx.Module):
                 return (column <= row) & (exists | (column >= length))
             return exists & (row < length)
 
-        indices, weights = self._points(tuples, (self.size, self.size), visible)
+        indices, weights = self._points(tuples, self.size, visible)
         indices = indices.at[..., 0].add(-rows[0])
         leading, n = weights.shape[:-2], weights.shape[-2] * weights.shape[-1]
         indices, weights = indices.reshape(*leading, n, 2), weights.reshape(*leading, n)
@@ -439,7 +441,7 @@ class SparseSelfAttention(nnx.Module):
             own = rows[None, None, :, None]
             return indices[..., 0] < own if self.causal else indices[..., 0] != own
 
-        indices, weights = self._points(self.positions.free.tuples(raw, rows), (size,), visible)
+        indices, weights = self._points(self.positions.free.tuples(raw, rows), size, visible)
         own = rows.reshape((1,) * (weights.ndim - 2) + (-1, 1))
         own = jnp.broadcast_to(own, (*weights.shape[:-1], 1))
         columns = jnp.concatenate([own, indices[..., 0]], -1)
@@ -458,25 +460,20 @@ class SparseSelfAttention(nnx.Module):
         weights = jnp.where(past, weights, 0)
         return raw, RowSparseTensor(columns[..., None], weights, (rows.size,), (self.max_length,))
 
-    def _points(self, tuples, shape, where):
+    def _points(self, tuples, size, where):
         """Points and weights of tuples [B, heads, R, k, r], without the heads axis if shared."""
-        if self.deterministic:
-            # The neighbours of the mean, with the mass of the Gaussian near it: a tuple that is
-            # still wide does little anywhere in training, and must not do all of it at two points
-            # here (equation 14 of docs/method.md).
-            mass = jax.lax.erf(0.5**0.5 / tuples.sigmas).prod(-1)
-            tuples = dataclasses.replace(tuples, values=tuples.values * mass)
-            points = discretize(jax.random.key(0), tuples, shape, where=where)
-        else:
-            points = discretize(
-                self.rngs(),
-                tuples,
-                shape,
-                num_global=self.num_global,
-                num_local=self.num_local,
-                region=self.region,
-                where=where,
-            )
+        if self.causal and self.deterministic:
+            # Fixed points must be the same however many tokens follow.
+            size = self.size
+        points = discretize(
+            None if self.deterministic else self.rngs(),
+            tuples,
+            (size,) * tuples.means.shape[-1],
+            num_global=self.num_global,
+            num_local=self.num_local,
+            region=self.region,
+            where=where,
+        )
         return tuple(x[:, 0] for x in points) if points[0].shape[1] == 1 else points
 
 
