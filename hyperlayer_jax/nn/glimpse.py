@@ -20,6 +20,9 @@ from hyperlayer_jax.tensors import contract
 from hyperlayer_jax.transforms import last_indices, transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples, RowSparseTensor
 
+# The last of several glimpses begins with this part of the first's size. Glimpses that begin alike
+# stay alike, and read the same pixels twice.
+_SMALLEST = 0.5
 _UNIT_CORNERS = np.stack(np.meshgrid([-1.0, 1.0], [-1.0, 1.0], indexing="ij"), -1)
 
 
@@ -205,7 +208,8 @@ class GlimpseAttention(nnx.Module):
           glimpse_shape: rows and columns of a glimpse.
           num_glimpses: g.
           shape: "box", "quad" or "affine": 4, 8 or 6 numbers.
-          initial_size: in (0, 1), the part of each axis that the first glimpses cover, centred.
+          initial_size: in (0, 1), the part of each axis that the first glimpse covers at the start,
+            centred; the others cover less, down to half of it.
           sigma_scale: see `transform_sigmas`.
           min_sigma: the smallest sigma, in indices.
           num_global: points per output pixel drawn from the whole image.
@@ -244,13 +248,12 @@ class GlimpseAttention(nnx.Module):
             _rows(jnp.broadcast_to(sigmas[..., None, None, :], means.shape))[..., None, :],
             jnp.ones_like(rows[..., 0]),
         )
-        key = jax.random.key(0) if self.deterministic else self.rngs()
         indices, values = discretize(
-            key,
+            None if self.deterministic else self.rngs(),
             tuples,
             shape,
-            num_global=0 if self.deterministic else self.num_global,
-            num_local=0 if self.deterministic else self.num_local,
+            num_global=self.num_global,
+            num_local=self.num_local,
             region=self.region,
         )
         return Glimpses(_read(images, indices, values, means), means, sigmas)
@@ -283,7 +286,8 @@ class SpatialTransformer(nnx.Module):
           num_features: F, of the features that decide.
           glimpse_shape: rows and columns of a glimpse.
           num_glimpses: g.
-          initial_size: in (0, 1), the part of each axis that the first glimpses cover, centred.
+          initial_size: in (0, 1), the part of each axis that the first glimpse covers at the start,
+            centred; the others cover less, down to half of it.
           rngs: the stream `params`.
 
         Raises:
@@ -400,9 +404,10 @@ class _Aim(nnx.Module):
             raise ValueError(f"initial_size: got {initial_size}, want a number between 0 and 1")
         self.glimpse_shape = checks.check_shape("glimpse_shape", glimpse_shape, 2)
         self.shape = shape
-        start = _SHAPES[shape][1](initial_size)
-        self.start = nnx.Param(jnp.tile(np.float32([*start, 0]), (num_glimpses, 1)))
-        self.linear = _small_linear(num_features, num_glimpses * (len(start) + 1), rngs)
+        sizes = np.geomspace(initial_size, _SMALLEST * initial_size, num_glimpses)
+        starts = np.float32([[*_SHAPES[shape][1](size), 0] for size in sizes])
+        self.start = nnx.Param(jnp.asarray(starts))
+        self.linear = _small_linear(num_features, starts.size, rngs)
 
     def __call__(self, images, features):
         """Returns means [*B, g, h, w, 2] and raw sigmas [*B, g], in float32."""
