@@ -192,6 +192,7 @@ def test_jit_of_flax_and_of_jax_agree_with_neither(kind):
     assert_close((first, step(state, x)[0]), want)
 
 
+@pytest.mark.slow
 def test_quicksort_is_the_function_and_evaluation_is_exact():
     x, scores = example(2, 5, 3), example(2, 5)
     options = {"num_samples": 4, "certainty": 2.0, "proposal": "uniform"}

@@ -205,6 +205,7 @@ def test_gradients_reach_every_item_and_score(proposal):
     assert all((np.asarray(g) != 0).all() for g in got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("s", [3, 6])
 def test_gradients_match_finite_differences(s, proposal):
@@ -243,6 +244,7 @@ def test_only_the_order_and_the_gaps_of_scores_matter(s):
     assert_close(sort(KEY, x, 4 * scores, num_samples=4, certainty=0.5).items, levels.items)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_sharding_the_batch_changes_nothing(proposal):
     x, scores = example(5, (16,))
@@ -256,6 +258,7 @@ def test_sharding_the_batch_changes_nothing(proposal):
     assert_close(got, gradients(KEY, x, scores, **options))
 
 
+@pytest.mark.slow
 def test_works_inside_shard_map_and_vmap():
     x, scores = example(40, (8,))
     keys = jax.random.split(KEY, 8)

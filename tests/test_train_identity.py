@@ -14,6 +14,7 @@ def test_trains_evaluates_and_leaves_its_files(tmp_path):
     assert (tmp_path / "params").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 8])
 def test_learns_the_identity_exactly(tmp_path, size):
     result = identity.train_and_evaluate(identity.Config(size=size, steps=2000), tmp_path)

@@ -23,11 +23,16 @@ def digits():
 @pytest.mark.parametrize(
     "options",
     [
-        {"size": 5},
         {"size": 1},
-        {"size": 3, "digits": 2},
-        {"size": 4, "loss": "plain", "proposal": "uniform", "augment": False},
-        {"size": 4, "loss": "separate"},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"size": 5},
+                {"size": 3, "digits": 2},
+                {"size": 4, "loss": "plain", "proposal": "uniform", "augment": False},
+                {"size": 4, "loss": "separate"},
+            )
+        ),
     ],
     ids=str,
 )
@@ -101,6 +106,7 @@ def test_an_exact_sort_has_no_loss_and_a_wrong_one_has(kind, size):
         assert sort.sort_loss(result, target[:, ::-1], kind) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "means", "separate"])
 def test_every_loss_reaches_the_scores(kind):
     key = jax.random.key(0)

@@ -24,7 +24,9 @@ def corpus(tmp_path_factory):
 @pytest.mark.parametrize(
     "options",
     [
-        {"layers": "ls2twbd", "dropout": 0.1, "bfloat16": True},
+        pytest.param(
+            {"layers": "ls2twbd", "dropout": 0.1, "bfloat16": True}, marks=pytest.mark.slow
+        ),
         {"layers": "l", "positions": "learned"},
     ],
     ids=str,
@@ -45,6 +47,7 @@ def test_trains_evaluates_and_leaves_its_files(tmp_path, corpus, options):
     assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
 
 
+@pytest.mark.slow
 def test_finds_an_offset_that_it_is_not_told(tmp_path):
     config = transformer.Config(
         task="offset", offset=6, length=16, features=32, num_global=4, steps=250

@@ -85,7 +85,7 @@ class Config(launcher.Config):
     num_global: int | None = _by_task("num_global", "Points per position drawn from all.", 0)
     num_local: int = launcher.flag(2, "Points per position drawn near it.", minimum=0)
     region: int = launcher.flag(8, "Positions that count as near.", minimum=1)
-    window: int = launcher.flag(32, "Tokens that a window sees.", minimum=1)
+    window: int = launcher.flag(8, "Tokens that a window sees.", minimum=1)
     stride: int = launcher.flag(8, "One token in so many looks back in a strided layer.", minimum=1)
     block: int = launcher.flag(32, "Tokens in a block.", minimum=1)
     dropout: float = launcher.flag(0.0, "Share of outputs dropped in training.", minimum=0.0)
