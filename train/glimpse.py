@@ -246,6 +246,12 @@ def _predict(graphdef, state, images):
     return model(images)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _count_errors(config, graphdef, state, key, split, chosen):
+    logits, _ = _predict(graphdef, state, draw_canvases(config, key, split, chosen))
+    return (logits.argmax(-1) != split.labels[chosen]).sum()
+
+
 def error_rate(
     config: Config, model: nnx.Module, key: jax.Array, split: data.Split
 ) -> tuple[float, int]:
@@ -253,13 +259,12 @@ def error_rate(
     repeats = math.ceil(_MIN_CANVASES / len(split.labels))
     chosen = np.tile(np.arange(len(split.labels), dtype=np.int32), repeats)
     parts = np.array_split(chosen, math.ceil(len(chosen) / _CANVASES_AT_ONCE))
-    draw = jax.jit(functools.partial(draw_canvases, config))
     graphdef, state = nnx.split(model)
-    errors = 0
-    for i, part in enumerate(parts):
-        images = draw(jax.random.fold_in(key, i), split, part)
-        logits, _ = _predict(graphdef, state, images)
-        errors += int((np.argmax(logits, -1) != split.labels[part]).sum())
+    split = jax.device_put(split)
+    errors = sum(
+        int(_count_errors(config, graphdef, state, jax.random.fold_in(key, i), split, part))
+        for i, part in enumerate(parts)
+    )
     return errors / len(chosen), len(chosen)
 
 

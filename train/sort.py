@@ -11,6 +11,7 @@ about a minute on two CPU cores, on digits that come with scikit-learn:
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any, Literal
 
@@ -159,18 +160,18 @@ def fixed_sets(split: data.Split, config: Config, count: int) -> np.ndarray:
     return np.reshape(chosen, (count, config.size, config.digits))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _score(graphdef, state, images):
+    return nnx.merge(graphdef, state)(images)
+
+
 def evaluate(model: Sorter, split: data.Split, chosen: np.ndarray) -> dict[str, float]:
     """How often sets `chosen` [n, s, digits] are sorted right; equal numbers in any order."""
     scorer = nnx.view(model.scorer, deterministic=True)
     graphdef, state = nnx.split(scorer)
     images = split.images.reshape(len(split.labels), -1)
-
-    @jax.jit
-    def score(state, images):
-        return nnx.merge(graphdef, state)(images)
-
     parts = np.array_split(chosen, -(-chosen.size // 20_000))
-    scores = np.concatenate([score(state, images[part]) for part in parts])
+    scores = np.concatenate([_score(graphdef, state, images[part]) for part in parts])
     numbers = to_numbers(split.labels[chosen])
     order = np.argsort(scores, axis=-1, kind="stable")
     right = np.take_along_axis(numbers, order, axis=-1) == np.sort(numbers, axis=-1)

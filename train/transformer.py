@@ -161,16 +161,16 @@ def token_loss(model: TransformerLM, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluation_loss(graphdef, state, tokens):
+    return token_loss(nnx.merge(graphdef, state), tokens)
+
+
 def bits_per_byte(model: TransformerLM, windows: np.ndarray) -> float:
     """Bits per byte on windows uint8 [n, length + 1], in evaluation."""
     graphdef, state = nnx.split(nnx.view(model, deterministic=True))
-
-    @jax.jit
-    def loss(state, tokens):
-        return token_loss(nnx.merge(graphdef, state), tokens)
-
     parts = np.array_split(windows, math.ceil(len(windows) / _WINDOWS_AT_ONCE))
-    total = sum(len(part) * float(loss(state, part)) for part in parts)
+    total = sum(len(part) * float(_evaluation_loss(graphdef, state, part)) for part in parts)
     return total / len(windows) / math.log(2)
 
 
