@@ -170,6 +170,7 @@ def test_local_candidates_lie_near_the_split_by_score():
     np.testing.assert_allclose(sure, [0, 0, 1, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("s", [5])
 def test_certainty_makes_it_exact(s, proposal):
@@ -185,6 +186,7 @@ def test_certainty_makes_it_exact(s, proposal):
     assert distance[0] > distance[2] and distance[2] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "huge", "far apart"])

@@ -12,6 +12,7 @@ from hyperlayer_jax import kernels
 from hyperlayer_jax.kernels import tpu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_any_number_of_blocks(name, monkeypatch):
     """Several blocks of rows, points and keys, the last of them ragged; and the same bits twice."""
