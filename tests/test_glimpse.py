@@ -139,10 +139,10 @@ def test_glimpses_have_their_shapes_and_start_on_the_image(shape, batch):
     assert seen.patches.min() >= 0 and seen.patches.max() <= 1 + 1e-5
     means = np.asarray(seen.means)
     extent = (means.max((-2, -3)) - means.min((-2, -3))) / np.array([15, 11])
-    assert extent.min() > 0.2 and extent.max() <= 1
+    sizes = np.broadcast_to([[0.75, 0.75], [0.375, 0.375]], extent.shape)
+    assert (extent > 0.4 / 0.75 * sizes).all() and extent.max() <= 1
     centred = np.asarray(attend(shape)(images, jnp.zeros_like(features)).means)
     extent = (centred.max((-2, -3)) - centred.min((-2, -3))) / np.array([15, 11])
-    sizes = np.broadcast_to([[0.75, 0.75], [0.375, 0.375]], extent.shape)
     np.testing.assert_allclose(extent, sizes, rtol=1e-5)
 
 
@@ -178,6 +178,16 @@ def test_glimpses_without_points_are_means_of_four_neighbours():
         shares = oracle.redistribute(points, [seen.means[b, g, i, j]], [seen.sigmas[b, g]], [1.0])
         want = sum(s * images[b, *p] for s, p in zip(shares, points, strict=True))
         np.testing.assert_allclose(seen.patches[b, g, i, j], want, atol=1e-5)
+
+
+def test_deterministic_glimpses_draw_nothing():
+    images = jax.random.uniform(jax.random.key(0), (2, 16, 12, 1))
+    features = 5 * jax.random.normal(jax.random.key(1), (2, 6))
+    drawn = attend()
+    fixed = nnx.view(drawn, deterministic=True)
+    first, second, *others = (m(images, features).patches for m in (fixed, fixed, drawn, drawn))
+    np.testing.assert_array_equal(first, second)
+    assert all((np.asarray(other) != np.asarray(first)).any() for other in others)
 
 
 def test_half_precision_images_keep_their_dtype_and_exact_means():

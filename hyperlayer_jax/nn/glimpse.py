@@ -181,8 +181,8 @@ class GlimpseAttention(nnx.Module):
     Features of the image decide on one shape and one sigma for each glimpse. Every output pixel
     owns one index tuple over the pixels of the image, of value 1 and with its mean on a grid over
     the shape. In training, points are sampled around the means and shared by all channels; an
-    output pixel is their weighted mean. Deterministic, nothing is drawn and the four neighbours of
-    the mean remain: rounding, as the paper has it, would read the glimpse half a pixel off.
+    output pixel is their weighted mean. Deterministic, as many points are fixed by the mean and
+    sigma: rounding, as the paper has it, would read the glimpse half a pixel off.
     """
 
     def __init__(
@@ -212,10 +212,13 @@ class GlimpseAttention(nnx.Module):
             centred; the others cover less, down to half of it.
           sigma_scale: see `transform_sigmas`.
           min_sigma: the smallest sigma, in indices.
-          num_global: points per output pixel drawn from the whole image.
-          num_local: points per output pixel drawn from the region.
+          num_global: points per output pixel drawn from the whole image; deterministic, quantiles
+            of its Gaussian.
+          num_local: points per output pixel drawn from the region; deterministic, spread evenly
+            over it.
           region: the axes of the region around a mean; needed when num_local > 0.
-          deterministic: draws no points; `nnx.view(model, deterministic=True)` for evaluation.
+          deterministic: takes fixed points instead of drawing them; for evaluation,
+            `nnx.view(model, deterministic=True)`.
           rngs: the streams `params` and `sample`.
 
         Raises:
@@ -262,7 +265,7 @@ class GlimpseAttention(nnx.Module):
         """Called by `nnx.view`.
 
         Args:
-          deterministic: draws no points around the means.
+          deterministic: takes fixed points instead of drawing them.
         """
         if deterministic is not None:
             self.deterministic = deterministic
