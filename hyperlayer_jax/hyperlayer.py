@@ -1,11 +1,9 @@
 """From index tuples to the points and values of a sparse tensor."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.density import redistribute
@@ -51,35 +49,13 @@ def discretize(
       ValueError: an argument has the wrong shape, dtype or range.
     """
     checks.check_tuples(tuples)
-    means, sigmas = _stored(tuples.means), _stored(tuples.sigmas)
-    tuples = dataclasses.replace(tuples, means=means, sigmas=sigmas)
     counts = {"num_global": num_global, "num_local": num_local, "region": region}
     if key is None:
-        indices = fixed_indices(means, sigmas, shape, **counts)
+        indices = fixed_indices(tuples.means, tuples.sigmas, shape, **counts)
     else:
-        indices = sample_indices(key, means, shape, **counts)
-    indices = _stored(indices)
+        indices = sample_indices(key, tuples.means, shape, **counts)
     allowed = None if where is None else where(indices)
     return indices, redistribute(indices, tuples, where=allowed)
-
-
-@jax.custom_jvp
-def _stored(x: jax.Array) -> jax.Array:
-    """The same array, kept in memory rather than computed anew wherever it is used.
-
-    XLA on CPU fuses what computes tuples and points into all that is made of them, and then takes
-    the exponential of one number at a time. It ignores `optimization_barrier`, but it fuses no
-    reduction of several operands.
-    """
-    pairs = jnp.stack([x, jnp.zeros_like(x)])
-    zero = np.zeros((), x.dtype)
-    add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
-    return jax.lax.reduce((pairs, pairs), (zero, zero), add, (0,))[0]
-
-
-@_stored.defjvp
-def _(primals, tangents):
-    return _stored(*primals), tangents[0]
 
 
 def round_tuples(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax import checks
-from hyperlayer_jax.kernels.xla import accumulator
+from hyperlayer_jax.kernels.xla import FEW_POINTS, accumulator, stored
 from hyperlayer_jax.transforms import last_indices
 
 # Up to this many points, comparing all pairs beats hashing (measured on CPU).
@@ -142,7 +142,11 @@ def _join(points):
     """Points [*B, k, n, r] of several kinds, tuple by tuple: [*B, m, r]."""
     points = jnp.concatenate(points, axis=-2)
     *leading, k, n, r = points.shape
-    return points.reshape(*leading, k * n, r)
+    points = points.reshape(*leading, k * n, r)
+    # In memory, the longest axis comes last: what is made of few points has the chunks there.
+    if k * n >= FEW_POINTS or not leading:
+        return stored(points)
+    return jnp.moveaxis(stored(jnp.moveaxis(points, -3, -1)), -1, -3)
 
 
 def _quantiles(shares, means, sigmas, shape):
@@ -221,11 +225,13 @@ def duplicate_mask(indices: jax.Array) -> jax.Array:
     checks.check_indices("indices", indices, 2, "[*B, m, r]")
     *leading, m, r = indices.shape
     if m <= _MAX_PAIRWISE:
-        columns = [indices[..., a] for a in range(r)]
-        pairs = [x[..., :, None] == x[..., None, :] for x in columns]
+        axis = 0 if m < FEW_POINTS else len(leading)
+        columns = [jnp.moveaxis(indices[..., a], -1, axis) for a in range(r)]
+        pairs = [jnp.expand_dims(x, axis + 1) == jnp.expand_dims(x, axis) for x in columns]
         same = functools.reduce(jnp.logical_and, pairs)
-        position = jax.lax.broadcasted_iota(jnp.int32, (*leading, m), len(leading))
-        return jnp.where(same, position[..., None, :], m).min(-1, initial=m) < position
+        position = jax.lax.broadcasted_iota(jnp.int32, columns[0].shape, axis)
+        first = jnp.where(same, jnp.expand_dims(position, axis), m).min(axis + 1, initial=m)
+        return jnp.moveaxis(first < position, axis, -1)
 
     points = indices.reshape(-1, m, r)
     chunks = points.shape[0]

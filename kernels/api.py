@@ -314,8 +314,11 @@ def redistribute(points, means, sigmas, values, where, *, implementation=None):
     _check_axis("points", points, "r")
     dtype = xla.accumulator(values.dtype)
     means = jnp.clip(means.astype(dtype), -_MAX_COORDINATE, _MAX_COORDINATE)
-    sigmas = jnp.maximum(sigmas.astype(dtype), _MIN_SIGMA)
-    out = _redistribute(implementation, points, means, sigmas, values.astype(dtype), where)
+    sigmas = jnp.where(sigmas > _MIN_SIGMA, sigmas.astype(dtype), _MIN_SIGMA)
+    if values.shape[-1] == 1:
+        out = values.astype(dtype) * _shares(implementation, points, means, sigmas, where)
+    else:
+        out = _redistribute(implementation, points, means, sigmas, values.astype(dtype), where)
     return out.astype(values.dtype)
 
 
@@ -522,6 +525,25 @@ def _redistribute_bwd(implementation, residuals, grad):
     leading = grad.ndim - 1
     grads = _run(implementation, "redistribute_grad", leading, results, *residuals, grad)
     return None, *grads, None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _shares(implementation, points, means, sigmas, where):
+    """What a chunk's only tuple gives to the points, for a value of 1."""
+    return _redistribute(implementation, points, means, sigmas, jnp.ones_like(means[..., 0]), where)
+
+
+def _shares_fwd(implementation, points, means, sigmas, where):
+    shares = _shares(implementation, points, means, sigmas, where)
+    return shares, (points, means, sigmas, shares)
+
+
+def _shares_bwd(implementation, residuals, grad):
+    del implementation
+    return None, *xla.single_tuple_grad(*residuals, grad), None
+
+
+_shares.defvjp(_shares_fwd, _shares_bwd)
 
 
 def _define_gradient(operation, backward):

@@ -5,7 +5,6 @@ scatters drop it. 16-bit floats accumulate in float32. No size is 0 here; `api` 
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ _LANES = 8
 # Proportions are [*B,k,m]; larger ones are made and used up in blocks of tuples.
 _MAX_BLOCK = 2**23
 # Below so many points in a chunk, the batch is the last axis of proportions (measured on CPU).
-_FEW_POINTS = 16
+FEW_POINTS = 16
 
 # In full float32, also where a device would rather multiply shorter numbers.
 _einsum = functools.partial(jnp.einsum, precision="highest")
@@ -26,6 +25,25 @@ _einsum = functools.partial(jnp.einsum, precision="highest")
 def accumulator(dtype):
     """The dtype that sums over `dtype` are made in: float32, or float64 for float64."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+@jax.custom_jvp
+def stored(x: jax.Array) -> jax.Array:
+    """The same array, kept in memory rather than computed anew wherever it is used.
+
+    XLA on CPU fuses what computes tuples and points into all that is made of them, and then takes
+    the exponential of one number at a time. It ignores `optimization_barrier`, but it fuses no
+    reduction of several operands.
+    """
+    pairs = jnp.stack([x, jnp.zeros_like(x)])
+    zero = np.zeros((), x.dtype)
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
+    return jax.lax.reduce((pairs, pairs), (zero, zero), add, (0,))[0]
+
+
+@stored.defjvp
+def _(primals, tangents):
+    return stored(*primals), tangents[0]
 
 
 def _rows(dense, indices):
@@ -101,7 +119,7 @@ def ell_spmm_transposed(indices, values, dense, *, num_cols):
 def ell_sddmm(indices, lhs, rhs):
     """out[i, q] = lhs[i] . rhs[indices[i, q]]."""
     left = lhs.astype(accumulator(lhs.dtype))
-    dots = _dots(lambda x, y: x[:, None] * _rows(y, indices), left, rhs)
+    dots = _dots(lambda x, y: x[None] * _rows(y, indices.T), left, rhs).T
     return jnp.where(_in_bounds(indices, rhs.shape[0]), dots, 0).astype(lhs.dtype)
 
 
@@ -128,7 +146,7 @@ def sddmm(rows, cols, lhs, rhs):
 
 def redistribute(points, means, sigmas, values, where):
     """out[i] = sum over j of values[j] softmax_i(-|(points[i] - means[j]) / sigmas[j]|^2 / 2)."""
-    batch = where.shape[:-1]
+    shape = where.shape
     axis, points, where, tuples = _chunks(points, where, means, sigmas, values)
 
     def add_block(total, block):
@@ -138,14 +156,14 @@ def redistribute(points, means, sigmas, values, where):
         return total + _combine_tuples(weights, density, axis), None
 
     total, _ = _scan_tuples(add_block, jnp.zeros_like(where, values.dtype), tuples, where.size)
-    return _arrange(total, axis).reshape(*batch, -1)
+    return _arrange_back(total, axis, shape)
 
 
 def redistribute_grad(points, means, sigmas, values, where, grad):
     """Gradients of means, sigmas and values; the shares are made anew."""
     shapes = (means.shape, sigmas.shape, values.shape)
     axis, points, where, tuples = _chunks(points, where, means, sigmas, values)
-    grad = _arrange(grad.reshape(-1, 1, grad.shape[-1]), axis)
+    grad = _arrange(grad[..., None, :], axis)
 
     def block_gradients(_, block):
         means, sigmas, values = block
@@ -157,45 +175,74 @@ def redistribute_grad(points, means, sigmas, values, where, grad):
         normaliser = _inverse(total)
         mean_grad = product * normaliser
         deviation = density * (grad - mean_grad)
-        terms = [deviation * d for d in distances] + [deviation * d * d for d in distances]
-        weights = 2 * [values * normaliser / sigma for sigma in sigmas]
-        grads = [x * weight for x, weight in zip(_sums(terms, axis), weights, strict=True)]
-        first, second = grads[: len(sigmas)], grads[len(sigmas) :]
-        return None, (jnp.concatenate(first, axis), jnp.concatenate(second, axis), mean_grad)
+        grads = _gradients_of_positions(deviation, distances, sigmas, values * normaliser, axis)
+        return None, (*grads, mean_grad)
 
     _, grads = _scan_tuples(block_gradients, None, tuples, where.size)
-    return tuple(_arrange(x, axis).reshape(shape) for x, shape in zip(grads, shapes, strict=True))
+    return tuple(_arrange_back(x, axis, shape) for x, shape in zip(grads, shapes, strict=True))
+
+
+def single_tuple_grad(points, means, sigmas, shares, grad):
+    """Gradients of means and sigmas where chunks have one tuple, of value 1, from its shares.
+
+    As for any softmax, its result is all that is needed of the densities.
+    """
+    shapes = (means.shape, sigmas.shape)
+    values = jnp.ones_like(means[..., 0])
+    axis, points, shares, (means, sigmas, values) = _chunks(points, shares, means, sigmas, values)
+    grad = _arrange(grad[..., None, :], axis)
+    total, product = _total_and_product(shares, grad, axis)
+    deviation = shares * (grad - product * _inverse(total))
+    distances = _distances(points, means, sigmas)
+    grads = _gradients_of_positions(deviation, distances, sigmas, values, axis)
+    return tuple(_arrange_back(x, axis, shape) for x, shape in zip(grads, shapes, strict=True))
+
+
+def _gradients_of_positions(deviation, distances, sigmas, scale, axis):
+    """Gradients of means and sigmas, their r axes along `axis`."""
+    terms = [deviation * d for d in distances] + [deviation * d * d for d in distances]
+    weights = 2 * [scale / sigma for sigma in sigmas]
+    grads = [x * weight for x, weight in zip(_sums(terms, axis), weights, strict=True)]
+    r = len(sigmas)
+    return jnp.concatenate(grads[:r], axis), jnp.concatenate(grads[r:], axis)
 
 
 def _chunks(points, where, means, sigmas, values):
-    """The batch axes as one, b, and the axes of the index space apart, which CPUs fuse far better.
+    """The axes of the index space apart, which CPUs fuse far better, and batches where they suit.
 
-    Proportions are laid out as [b,k,m], or where there are few points to a chunk as [m,k,b], so
-    that the last axis, along which CPUs compute several numbers at once, is a long one.
+    Proportions are laid out as [b,k,m], with the batch axes as one, b; or where there are few
+    points to a chunk as [m,k,*B], so that the last axis, along which CPUs compute several numbers
+    at once, is a long one.
 
     Returns:
       The axis of the points, 2 or 0, and the arguments with axes of size 1 to broadcast with
-      proportions: r arrays of points in the dtype of the others; where; and the tuples (r arrays of
-      means, r arrays of sigmas, values).
+      proportions: r arrays of points in the dtype of the others; where, or other marks of points;
+      and the tuples (r arrays of means, r arrays of sigmas, values).
     """
-    *batch, m, r = points.shape
-    b, k = math.prod(batch), values.shape[-1]
-    axis = 0 if m < _FEW_POINTS else 2
-    points = jnp.moveaxis(points.reshape(b, m, r), -1, 0).astype(means.dtype)
-    means, sigmas = (
-        jnp.split(_arrange(x.reshape(b, k, r), axis), r, axis) for x in (means, sigmas)
-    )
+    m, r = points.shape[-2:]
+    axis = 0 if m < FEW_POINTS else 2
+    points = points.astype(means.dtype)
+    points, means, sigmas = ([x[..., a] for a in range(r)] for x in (points, means, sigmas))
     return (
         axis,
-        [_arrange(x[:, None], axis) for x in points],
-        _arrange(where.reshape(b, 1, m), axis),
-        (means, sigmas, _arrange(values.reshape(b, k, 1), axis)),
+        [_arrange(x[..., None, :], axis) for x in points],
+        _arrange(where[..., None, :], axis),
+        (
+            [_arrange(x[..., None], axis) for x in means],
+            [_arrange(x[..., None], axis) for x in sigmas],
+            _arrange(values[..., None], axis),
+        ),
     )
 
 
 def _arrange(x, axis):
-    """From [b,k,m] to the layout whose points are along `axis`, 2 or 0; or back."""
-    return x if axis == 2 else x.T
+    """From [*B,k,m] to the layout whose points are along `axis`."""
+    return x.reshape(-1, *x.shape[-2:]) if axis == 2 else jnp.moveaxis(x, (-1, -2), (0, 1))
+
+
+def _arrange_back(x, axis, shape):
+    """From that layout to `shape`: that of [*B,k,m], of which k or m may be 1 and left out."""
+    return (x if axis == 2 else jnp.moveaxis(x, (0, 1), (-1, -2))).reshape(shape)
 
 
 def _distances(points, means, sigmas):
@@ -272,12 +319,14 @@ def _scan_tuples(step, carry, tuples, num_points):
     num_blocks = -(-k // size)
 
     def split(x, fill):
-        x = jnp.pad(x, [(0, 0), (0, num_blocks * size - k), (0, 0)], constant_values=fill)
-        return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, size, -1), 1, 0)
+        fillers = [(0, 0)] * x.ndim
+        fillers[1] = (0, num_blocks * size - k)
+        x = jnp.pad(x, fillers, constant_values=fill)
+        return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, size, *x.shape[2:]), 1, 0)
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], num_blocks * size, -1)[:, :k]
+        return x.reshape(x.shape[0], num_blocks * size, *x.shape[3:])[:, :k]
 
     means, sigmas, values = tuples
     # Sigmas of 1 for the tuples that fill up the last block.

@@ -24,7 +24,6 @@ from laws import (
 )
 
 import hyperlayer_jax as hl
-from hyperlayer_jax.hyperlayer import _stored
 
 KEY = jax.random.key(0)
 OPTIONS = {"num_global": 2, "num_local": 2, "region": 3}
@@ -145,20 +144,6 @@ def test_vmap_over_keys_is_one_draw_for_each():
     got = jax.jit(jax.vmap(draw))(keys)
     want = [discretize(key, tuples, (10, 10), where=is_even) for key in keys]
     assert_close(got, jax.tree.map(lambda *a: jnp.stack(a), *want))
-
-
-@pytest.mark.parametrize("dtype", [jnp.int32, *FLOATS])
-def test_what_is_stored_is_the_same_array(dtype):
-    """Forward, in both directions of differentiation, and for each of a batch."""
-    x = jnp.asarray([[-3e38, -1.5, 0], [2**-126, 7, 3e38]]).astype(dtype)
-    for stored in (_stored, jax.vmap(_stored), jax.vmap(jax.vmap(_stored))):
-        got = jax.jit(stored)(x)
-        assert got.dtype == dtype
-        assert_equal(got, x)
-    if dtype != jnp.int32:
-        value, tangent = jax.jvp(_stored, (x,), (x + 1,))
-        assert_equal((value, tangent), (x, x + 1))
-        assert_equal(jax.vjp(_stored, x)[1](x), (x,))
 
 
 def layer(key, tuples, x):

@@ -1,5 +1,6 @@
 """Laws of the kernels, against a float64 oracle written entry by entry."""
 
+import math
 import re
 import sys
 import types
@@ -303,15 +304,29 @@ def test_redistribute_is_finite_and_conserves(sigma):
     assert all(jnp.isfinite(g).all() for g in gradients)
 
 
-def test_redistribute_walks_in_blocks_what_does_not_fit(monkeypatch):
-    function, positions, floats, expected = example("redistribute", p=10)
-    monkeypatch.setattr(xla, "_MAX_BLOCK", 2 * 11 * 3)
+@pytest.mark.parametrize("batch", [(2,), (2, 3)])
+@pytest.mark.parametrize("n", [11, 20], ids=["few points", "many points"])
+def test_redistribute_walks_in_blocks_what_does_not_fit(batch, n, monkeypatch):
+    function, positions, floats, expected = example("redistribute", batch, p=10, n=n)
+    monkeypatch.setattr(xla, "_MAX_BLOCK", 3 * n * math.prod(batch))
     blocks, gradients = value_and_vjp(function, positions, floats)
     assert_close(blocks, expected(*floats))
     monkeypatch.undo()
     _, whole = value_and_vjp(function, positions, floats)
     for gradient, wanted in zip(gradients, whole, strict=True):
         np.testing.assert_allclose(gradient, wanted, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("n", [11, 20], ids=["few points", "many points"])
+def test_a_lone_tuple_has_the_gradient_that_it_has_beside_one_of_value_0(n):
+    function, positions, floats, _ = example("redistribute", (2, 3), p=2, n=n)
+    floats = *floats[:2], floats[2].at[..., 1].set(0)
+    out, gradients = value_and_vjp(function, positions, floats)
+    alone, alone_gradients = value_and_vjp(function, positions, [x[:, :, :1] for x in floats])
+    np.testing.assert_allclose(alone, out, 1e-5, 1e-6)
+    for got, want in zip(alone_gradients, gradients, strict=True):
+        np.testing.assert_allclose(got, want[:, :, :1], 1e-4, 1e-5)
+        assert (np.asarray(got) != 0).any()
 
 
 @contract
