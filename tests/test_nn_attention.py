@@ -14,7 +14,7 @@ from laws import FLOATS, assert_close, assert_equal
 import hyperlayer_jax as hl
 from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM, generate
 from hyperlayer_jax.nn.attention import Pattern, rotate
-from hyperlayer_jax.nn.positions import FreePositions
+from hyperlayer_jax.nn.positions import FreePositions, shorten_steps
 
 B, T, E, N, K, LENGTH = 2, 10, 16, 4, 2, 12
 KINDS = typing.get_args(Pattern)
@@ -177,11 +177,40 @@ def test_heads_have_patterns_of_their_own_or_share_one(kind):
 def test_a_tuple_is_as_wide_in_evaluation_as_in_training(sigma):
     """Given enough points, drawn or not, keys have the shares of a Gaussian cut off at borders."""
     layer = build("static", causal=False, num_tuples=1, num_global=64, num_local=0)
-    layer.positions.sigmas[...] = jnp.full_like(layer.positions.sigmas[...], sigma)
+    raw = layer.positions.parameters[...]
+    layer.positions.parameters[...] = raw.at[..., 1].set(sigma)
     fixed = nnx.view(layer, deterministic=True)
     drawn, fixed = (np.asarray(hl.todense(kind.pattern(tokens()))) for kind in (layer, fixed))
     assert np.abs(fixed - drawn).max() < 0.03
     assert ((fixed > 0.05).sum(-1).max() > 4) == (sigma > 0)
+
+
+@pytest.mark.parametrize("kind", ["static", "learned"])
+@pytest.mark.parametrize("sigma", [-0.6, -0.3, 0.0, 1.0])
+def test_no_step_of_a_distance_is_longer_than_three_sigmas_a_unit(kind, sigma):
+    layer, size = build(kind), 1e-3
+    free = layer.positions if kind == "static" else layer.positions.free
+    free.parameters[...] = free.parameters[...].at[..., 1].set(sigma)
+    params = nnx.state(layer, nnx.Param)
+    updates = jax.tree.map(lambda x: jnp.full_like(x, size), params)
+    short = shorten_steps(updates, params)
+
+    rows = jnp.asarray([T - 1], jnp.int32)
+    before = free.tuples(free.raw(), rows)
+    nnx.update(layer, jax.tree.map(jnp.add, params, short))
+    moved = np.abs(free.tuples(free.raw(), rows).means - before.means)
+    assert (moved > 0).all()
+    np.testing.assert_array_less(moved, 3.1 * size * before.sigmas)
+
+    for path, update in nnx.to_flat_state(short):
+        within = size / 4 if "positions" in path and kind == "learned" else size
+        distances, others = jnp.split(update[...], [update.shape[-1] - 1], -1)
+        if "parameters" in path:
+            assert (distances <= np.float32(size)).all()
+            within = size
+        else:
+            np.testing.assert_array_equal(distances, np.float32(within))
+        np.testing.assert_array_equal(others, np.float32(within))
 
 
 @pytest.mark.parametrize("causal", [False, True])

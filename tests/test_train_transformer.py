@@ -49,9 +49,7 @@ def test_trains_evaluates_and_leaves_its_files(tmp_path, corpus, options):
 
 @pytest.mark.slow
 def test_finds_an_offset_that_it_is_not_told(tmp_path):
-    config = transformer.Config(
-        task="offset", offset=6, length=16, features=32, num_global=4, steps=250
-    )
+    config = transformer.Config(task="offset", offset=6, length=16, num_global=4, steps=250)
     result = transformer.train_and_evaluate(config, tmp_path)
     # Not knowing where to look costs log 64 = 4.16.
     assert result["loss"] < 0.5

@@ -69,7 +69,7 @@ class Config(launcher.Config):
     augment: float = launcher.flag(
         0.1, "More scaling, and a hundred times it more rotation, of training digits.", minimum=0.0
     )
-    steps: int = launcher.flag(15000, "Number of updates.", minimum=1)
+    steps: int = launcher.flag(18000, "Number of updates.", minimum=1)
     batch_size: int = launcher.flag(64, "Canvases in an update.", minimum=1)
     learning_rate: float = launcher.flag(1e-3, "Largest size of a step.", minimum=0.0)
     average: float = launcher.flag(0.999, "Decay of the mean of the parameters.", minimum=0.0)

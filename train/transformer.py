@@ -27,17 +27,17 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from hyperlayer_jax import todense
-from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM, generate
+from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM, generate, shorten_steps
 from train import figures, launcher, loop, text
 
 _DEFAULTS = {
     "text": {
-        "layers": "wwwl", "positions": "rotary", "length": 256, "num_heads": 4, "num_tuples": 4,
-        "num_global": 2, "steps": 1000,
+        "layers": "wwwl", "positions": "rotary", "length": 256, "features": 128, "num_heads": 4,
+        "num_tuples": 4, "num_global": 2, "steps": 1000, "learning_rate": 3e-3,
     },
     "offset": {
-        "layers": "s", "positions": "none", "num_heads": 1, "num_tuples": 2, "num_global": 32,
-        "steps": 4000,
+        "layers": "s", "positions": "none", "features": 32, "num_heads": 1, "num_tuples": 2,
+        "num_global": 32, "steps": 4000, "learning_rate": 1e-2,
     },
 }  # fmt: skip
 _VALIDATION_WINDOWS, _TEST_WINDOWS, _WINDOWS_AT_ONCE = 128, 1024, 32
@@ -47,7 +47,7 @@ _NUM_TOKENS = 64
 _SOLVED, _OFFSET_INTERVAL = 0.001, 50
 
 
-def _by_task(name: str, help: str, least: int | None = 1) -> Any:
+def _by_task(name: str, help: str, least: float | None = 1) -> Any:
     values = [f"{defaults[name]} for {task}" for task, defaults in _DEFAULTS.items()]
     return launcher.flag(None, f"{help} By default {', '.join(values)}.", minimum=least)
 
@@ -79,7 +79,7 @@ class Config(launcher.Config):
         "than the offset, in multiples of 64.",
         minimum=2,
     )
-    features: int = launcher.flag(128, "Width of the model.", minimum=1)
+    features: int | None = _by_task("features", "Width of the model.")
     num_heads: int | None = _by_task("num_heads", "Heads of attention.")
     num_tuples: int | None = _by_task("num_tuples", "Learned positions per token and head.")
     num_global: int | None = _by_task("num_global", "Points per position drawn from all.", 0)
@@ -92,7 +92,7 @@ class Config(launcher.Config):
     bfloat16: bool = launcher.flag(False, "Computes in bfloat16.")
     steps: int | None = _by_task("steps", "Number of updates.")
     batch_size: int = launcher.flag(8, "Examples in an update.", minimum=1)
-    learning_rate: float = launcher.flag(3e-3, "Highest step size.", minimum=0.0)
+    learning_rate: float | None = _by_task("learning_rate", "Highest step size.", 0.0)
     warmup: int = launcher.flag(100, "Updates until the step size is highest.", minimum=0)
     clip: float = launcher.flag(1.0, "Largest norm of a gradient.", minimum=0.0)
     temperature: float = launcher.flag(0.7, "Of the continuations that are drawn.", minimum=0.0)
@@ -143,14 +143,20 @@ def make_model(config: Config) -> TransformerLM:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW after clipping. The step size warms up; on text, it then decays to 0."""
+    """AdamW after clipping. The step size warms up; on text, it then decays to 0.
+
+    Elsewhere it stays, and the steps of positions that are found become shorter.
+    """
     warmup = min(config.warmup, config.steps // 2)
-    last, decay = (0.0, 0.01) if config.task == "text" else (config.learning_rate, 0.0)
+    text = config.task == "text"
+    last, decay = (0.0, 0.01) if text else (config.learning_rate, 0.0)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, config.steps, last
     )
     return optax.chain(
-        optax.clip_by_global_norm(config.clip), optax.adamw(schedule, weight_decay=decay)
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(schedule, weight_decay=decay),
+        optax.identity() if text else optax.stateless(shorten_steps),
     )
 
 

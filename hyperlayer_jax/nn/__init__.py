@@ -13,6 +13,7 @@ from hyperlayer_jax.nn.glimpse import (
     reinforce_loss,
 )
 from hyperlayer_jax.nn.hyperlayer import FreeTuples, HyperLayer, SparseLinear
+from hyperlayer_jax.nn.positions import shorten_steps
 from hyperlayer_jax.nn.sort import SoftQuicksort
 from hyperlayer_jax.nn.transformer import TransformerLM, generate
 
@@ -34,4 +35,5 @@ __all__ = [
     "generate",
     "quad_means",
     "reinforce_loss",
+    "shorten_steps",
 ]

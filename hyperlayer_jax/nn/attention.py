@@ -249,7 +249,7 @@ class SparseSelfAttention(nnx.Module):
         if isinstance(self.positions, LearnedPositions):
             others = jnp.zeros((batch, HIDDEN))
         if self.kind == "block":
-            heads, tuples = self.positions.free.means.shape
+            heads, tuples, _ = self.positions.free.parameters.shape
             raw = jnp.zeros((batch, heads, self.size, tuples, 2))
         return AttentionCache(
             jnp.zeros((), jnp.int32), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), others, raw

@@ -17,6 +17,48 @@ HIDDEN = 64
 # The widest of the first sigmas, as a part of the index space.
 _FIRST_SIGMA = 0.25
 _MEAN_GAIN, _SIGMA_GAIN, _NETWORK_GAIN = 4.0, 8.0, 0.02
+# How many of its sigmas a distance moves at most in a step of size 1, and the part that is left of
+# the steps of a network, where steps are kept short.
+_LONGEST_STEP, _NETWORK_STEP = 3.0, 0.25
+
+
+class RawPositions(nnx.Param):
+    """Raw distances and sigmas [..., 2], before gains."""
+
+
+def shorten_steps(updates: nnx.State, params: nnx.State) -> nnx.State:
+    """Keeps positions where they are once they are found, also with long steps.
+
+    To stand behind an optimizer like Adam, as `optax.stateless(shorten_steps)`. Steps of Adam are
+    equally long, in parts of the space, all along: they throw a mean whose sigma has become small
+    off its place, and the farther the longer the space is. So a distance moves by no more than
+    three of its sigmas per unit of step size. A network takes steps a quarter as long: what it
+    says of single tokens is noise while the distance that they share is not found
+    (docs/offset.md).
+
+    Args:
+      updates: of all the parameters [*B] of a model.
+      params: those parameters.
+
+    Returns:
+      The updates, with those of distances and position networks made shorter.
+    """
+    factors = {}
+    for path, param in nnx.to_flat_state(params):
+        if isinstance(param, RawPositions):
+            raw_means, raw_sigmas = jnp.split(_with_gains(param[...]), 2, -1)
+            slope = _MEAN_GAIN * jax.nn.sigmoid(raw_means) * jax.nn.sigmoid(-raw_means)
+            longest = _LONGEST_STEP * transform_sigmas(raw_sigmas[..., 0], (1,))
+            factor = longest / jnp.maximum(slope, longest)
+            factors[path] = jnp.concatenate([factor, jnp.ones_like(factor)], -1)
+    networks = [path[:-2] for path in factors if path[-2] == "free"]
+
+    def shorten(path, update):
+        in_network = any(path[: len(network)] == network for network in networks)
+        factor = factors.get(path, _NETWORK_STEP if in_network else 1.0)
+        return path, update.replace(update[...] * factor)
+
+    return nnx.from_flat_state(shorten(*item) for item in nnx.to_flat_state(updates))
 
 
 class FreePositions(nnx.Module):
@@ -46,13 +88,13 @@ class FreePositions(nnx.Module):
         share, space = (place / count) ** 2, 2 * place / count**2
         if not causal:
             share = (1 + share * np.where(np.arange(num_tuples) % 2, 1, -1)) / 2
-        self.means = nnx.Param(logit(jnp.asarray(share, jnp.float32)) / _MEAN_GAIN)
-        self.sigmas = nnx.Param(_raw_sigmas(np.minimum(space, _FIRST_SIGMA)))
+        means = logit(jnp.asarray(share, jnp.float32)) / _MEAN_GAIN
+        sigmas = _raw_sigmas(np.minimum(space, _FIRST_SIGMA))
+        self.parameters = RawPositions(jnp.stack([means, sigmas], -1))
 
     def raw(self) -> jax.Array:
         """Means and sigmas before they are brought into range: float32 [num_heads, 1, k, 2]."""
-        means, sigmas = self.means[...] * _MEAN_GAIN, self.sigmas[...] * _SIGMA_GAIN
-        return jnp.stack([means, sigmas], -1)[:, None]
+        return _with_gains(self.parameters[...])[:, None]
 
     def tuples(self, raw: jax.Array, rows: jax.Array) -> IndexTuples:
         """Index tuples for tokens at given positions (equation 13 of docs/method.md).
@@ -134,7 +176,7 @@ class LearnedPositions(nnx.Module):
         place = rows.astype(jnp.float32)[:, None] / self.free.size * self.place[...][None]
         token = self.token(jax.lax.stop_gradient(x.astype(jnp.float32)))
         hidden = _NETWORK_GAIN * (token + others + place[None])
-        heads, tuples = self.free.means.shape
+        heads, tuples, _ = self.free.parameters.shape
         out = self.out(jax.nn.gelu(hidden)).reshape(batch, length, heads, tuples, 2)
         return _NETWORK_GAIN * jnp.moveaxis(out, 2, 1) + self.free.raw()[None]
 
@@ -166,6 +208,12 @@ class FreeEntries(nnx.Module):
         raw = self.sigmas[...] * _SIGMA_GAIN
         sigmas = transform_sigmas(raw, (self.size, self.size), minimum=self.min_sigma)
         return IndexTuples(means, sigmas, jnp.ones_like(raw))
+
+
+def _with_gains(parameters: jax.Array) -> jax.Array:
+    """From parameters [..., 2] to raw distances and sigmas."""
+    gains = np.float32([_MEAN_GAIN, _SIGMA_GAIN])
+    return parameters * gains.reshape((1,) * (parameters.ndim - 1) + (2,))
 
 
 def _raw_sigmas(share: np.ndarray) -> jax.Array:
