@@ -19,8 +19,8 @@ def redistribute(
     chunk sum to its tuples, and a tuple with no allowed point adds nothing. A sigma of 0 is
     a point: all goes to the nearest points.
 
-    The gradient is written by hand and recomputes the shares; chunks too large for an [m, k] array
-    are walked in blocks of tuples.
+    The gradient is written by hand and recomputes the shares, unless there is but one tuple in a
+    chunk; chunks too large for an [m, k] array are walked in blocks of tuples.
 
     Args:
       indices: int32 [*B, m, r], the points.

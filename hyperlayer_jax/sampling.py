@@ -143,7 +143,7 @@ def _join(points):
     points = jnp.concatenate(points, axis=-2)
     *leading, k, n, r = points.shape
     points = points.reshape(*leading, k * n, r)
-    # In memory, the longest axis comes last: what is made of few points has the chunks there.
+    # In memory, few points have the chunks last, as what is made of them has.
     if k * n >= FEW_POINTS or not leading:
         return stored(points)
     return jnp.moveaxis(stored(jnp.moveaxis(points, -3, -1)), -1, -3)

@@ -314,8 +314,8 @@ def redistribute(points, means, sigmas, values, where, *, implementation=None):
     _check_axis("points", points, "r")
     dtype = xla.accumulator(values.dtype)
     means = jnp.clip(means.astype(dtype), -_MAX_COORDINATE, _MAX_COORDINATE)
-    sigmas = jnp.where(sigmas > _MIN_SIGMA, sigmas.astype(dtype), _MIN_SIGMA)
-    if values.shape[-1] == 1:
+    sigmas = jnp.where(sigmas < _MIN_SIGMA, _MIN_SIGMA, sigmas.astype(dtype))
+    if values.shape[-1] == 1 and implementation in (None, "xla"):
         out = values.astype(dtype) * _shares(implementation, points, means, sigmas, where)
     else:
         out = _redistribute(implementation, points, means, sigmas, values.astype(dtype), where)
@@ -539,8 +539,10 @@ def _shares_fwd(implementation, points, means, sigmas, where):
 
 
 def _shares_bwd(implementation, residuals, grad):
-    del implementation
-    return None, *xla.single_tuple_grad(*residuals, grad), None
+    _, means, sigmas, _ = residuals
+    leading = grad.ndim - 1
+    grads = _run(implementation, "single_tuple_grad", leading, (means, sigmas), *residuals, grad)
+    return None, *grads, None
 
 
 _shares.defvjp(_shares_fwd, _shares_bwd)

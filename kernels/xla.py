@@ -15,7 +15,7 @@ _UNROLL = 16
 _LANES = 8
 # Proportions are [*B,k,m]; larger ones are made and used up in blocks of tuples.
 _MAX_BLOCK = 2**23
-# Below so many points in a chunk, the batch is the last axis of proportions (measured on CPU).
+# Below so many points in a chunk, batch axes are the last of proportions (measured on CPU).
 FEW_POINTS = 16
 
 # In full float32, also where a device would rather multiply shorter numbers.
@@ -192,7 +192,7 @@ def single_tuple_grad(points, means, sigmas, shares, grad):
     axis, points, shares, (means, sigmas, values) = _chunks(points, shares, means, sigmas, values)
     grad = _arrange(grad[..., None, :], axis)
     total, product = _total_and_product(shares, grad, axis)
-    deviation = shares * (grad - product * _inverse(total))
+    deviation = shares * (grad - product / jnp.where(total > 0, total, 1))
     distances = _distances(points, means, sigmas)
     grads = _gradients_of_positions(deviation, distances, sigmas, values, axis)
     return tuple(_arrange_back(x, axis, shape) for x, shape in zip(grads, shapes, strict=True))
@@ -211,8 +211,7 @@ def _chunks(points, where, means, sigmas, values):
     """The axes of the index space apart, which CPUs fuse far better, and batches where they suit.
 
     Proportions are laid out as [b,k,m], with the batch axes as one, b; or where there are few
-    points to a chunk as [m,k,*B], so that the last axis, along which CPUs compute several numbers
-    at once, is a long one.
+    points to a chunk as [m,k,*B], since CPUs compute several numbers at once along the last axis.
 
     Returns:
       The axis of the points, 2 or 0, and the arguments with axes of size 1 to broadcast with

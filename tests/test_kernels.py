@@ -21,7 +21,7 @@ ATTENTIONS = ("gathered_attention", "block_attention", "causal_block_attention")
 OPERATIONS = (*PRODUCTS, "redistribute", *ATTENTIONS)
 # The operations of each backend. Kernels run interpreted where there is no device for them.
 SERVED = [(backend, name) for backend in ("xla", "tpu") for name in OPERATIONS]
-SERVED += [(None, "ell_spmm"), (None, "block_attention")]
+SERVED += [(None, "ell_spmm"), (None, "block_attention"), ("xla", "lone_redistribute")]
 SERVED += [("triton", name) for name in (*PRODUCTS, "redistribute", "gathered_attention")]
 SERVED += [("triton_deterministic", name) for name in ("ell_spmm_transposed", "spmm")]
 
@@ -35,7 +35,7 @@ def cases(pairs):
 
 
 contract = pytest.mark.parametrize("implementation, name", cases(SERVED))
-operations = pytest.mark.parametrize("name", OPERATIONS)
+operations = pytest.mark.parametrize("name", (*OPERATIONS, "lone_redistribute"))
 
 BLOCK = 8
 
@@ -53,7 +53,8 @@ def example(name, batch=(2,), *, i=5, j=7, p=3, n=11, d=4, dtype=jnp.float32):
         return jnp.asarray(rng.standard_normal((*batch, *shape)), dtype)
 
     sizes = {}
-    if name == "redistribute":
+    if name.endswith("redistribute"):
+        p = min(p, 1) if name.startswith("lone") else p
         positions = (position(j, n, 2), jnp.asarray(rng.random((*batch, n)) < 0.8))
         floats = (operand(p, 2) + j // 2, jnp.exp(operand(p, 2) / 2), operand(p))
 
@@ -250,7 +251,8 @@ def test_vmap_and_grad_commute(name, mapped, implementation):
 
 
 @pytest.mark.parametrize(
-    "implementation, name", cases([served for served in SERVED if "redistribute" not in served])
+    "implementation, name",
+    cases([served for served in SERVED if not served[1].endswith("redistribute")]),
 )
 def test_absent_entries_read_nothing(name, implementation):
     """A value that is not finite never leaks from a row that no entry selects."""
@@ -270,7 +272,7 @@ def test_absent_entries_read_nothing(name, implementation):
 )
 def test_all_masked_is_zero_with_zero_gradient(name, implementation):
     function, positions, floats, _ = example(name)
-    if name == "redistribute":
+    if name.endswith("redistribute"):
         positions = positions[0], jnp.zeros_like(positions[1])
     else:
         floats = *floats[:-1], jnp.full_like(floats[-1], -jnp.inf)
@@ -293,9 +295,10 @@ def test_empty_is_ordinary(name, empty):
     assert [g.shape for g in gradients] == [f.shape for f in floats]
 
 
+@pytest.mark.parametrize("name", ["redistribute", "lone_redistribute"])
 @pytest.mark.parametrize("sigma", [0.0, 1e-3, 1e30])
-def test_redistribute_is_finite_and_conserves(sigma):
-    function, (points, _), (means, sigmas, values), _ = example("redistribute", n=40)
+def test_redistribute_is_finite_and_conserves(name, sigma):
+    function, (points, _), (means, sigmas, values), _ = example(name, n=40)
     means = means.at[..., 1].multiply(1e9)
     floats = means, jnp.full_like(sigmas, sigma), values
     allowed = jnp.ones(points.shape[:-1], bool)
@@ -327,6 +330,21 @@ def test_a_lone_tuple_has_the_gradient_that_it_has_beside_one_of_value_0(n):
     for got, want in zip(alone_gradients, gradients, strict=True):
         np.testing.assert_allclose(got, want[:, :, :1], 1e-4, 1e-5)
         assert (np.asarray(got) != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16, jnp.float32])
+def test_what_is_stored_is_the_same_array(dtype):
+    """Forward, in both directions of differentiation, and for each of a batch."""
+    x = jnp.asarray([[-3e38, -1.5, 0], [2**-126, 7, 3e38]]).astype(dtype)
+    for function in (xla.stored, jax.vmap(xla.stored), jax.vmap(jax.vmap(xla.stored))):
+        got = jax.jit(function)(x)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, x)
+    if dtype != jnp.int32:
+        value, tangent = jax.jvp(xla.stored, (x,), (x + 1,))
+        (cotangent,) = jax.vjp(xla.stored, x)[1](x)
+        for got, want in ((value, x), (tangent, x + 1), (cotangent, x)):
+            np.testing.assert_array_equal(got, want)
 
 
 @contract

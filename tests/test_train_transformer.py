@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from train import transformer
 
@@ -57,6 +58,21 @@ def test_finds_an_offset_that_it_is_not_told(tmp_path):
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("task", "shorter"), [("text", False), ("offset", True)])
+def test_steps_of_positions_are_kept_short_on_the_offset_task(task, shorter):
+    config = transformer.Config(
+        task=task, layers="s", length=64, offset=9, learning_rate=1.0, warmup=0, steps=10
+    )
+    model = transformer.make_model(config)
+    params = nnx.state(model, nnx.Param)
+    optimizer = transformer.make_optimizer(config, model)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+    steps = updates["blocks"][0]["attention"]["positions"]["parameters"][...]
+    # The first step of Adam is as long as its step size.
+    assert (np.abs(steps[..., 0]).min() < 0.9) == shorter
+
+
 @pytest.mark.parametrize(
     ("options", "flag"),
     [
@@ -74,7 +90,9 @@ def test_a_wrong_value_names_its_flag(options, flag):
 
 
 def test_defaults_go_by_the_task():
-    assert transformer.Config().length == 256
+    config = transformer.Config()
+    assert (config.length, config.features, config.learning_rate) == (256, 128, 3e-3)
     config = transformer.Config(task="offset", offset=200)
     assert (config.layers, config.length, config.num_tuples) == ("s", 256, 2)
+    assert (config.features, config.learning_rate) == (32, 1e-2)
     assert transformer.Config(task="offset", num_tuples=3).num_tuples == 3

@@ -142,10 +142,10 @@ def make_model(config: Config) -> TransformerLM:
     )
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config, model: TransformerLM) -> optax.GradientTransformation:
     """AdamW after clipping. The step size warms up; on text, it then decays to 0.
 
-    Elsewhere it stays, and the steps of positions that are found become shorter.
+    On the offset task it stays, and those of positions are kept short.
     """
     warmup = min(config.warmup, config.steps // 2)
     text = config.task == "text"
@@ -156,7 +156,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(schedule, weight_decay=decay),
-        optax.identity() if text else optax.stateless(shorten_steps),
+        optax.identity() if text else optax.stateless(shorten_steps(model)),
     )
 
 
@@ -245,9 +245,10 @@ def train_on_text(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             figures.save_png(picture, workdir / f"attention-{step}.png")
         return {"validation_bits_per_byte": bits_per_byte(model, validation)}
 
+    model = make_model(config)
     model, run = loop.train(
-        make_model(config),
-        make_optimizer(config),
+        model,
+        make_optimizer(config, model),
         loss_fn,
         corpus.train,
         key=jax.random.key(config.seed),
@@ -302,9 +303,10 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         history[step] = float(sampled), float(exact)
         return {"sampled_loss": sampled, "evaluation_loss": exact}
 
+    model = make_model(config)
     model, run = loop.train(
-        make_model(config),
-        make_optimizer(config),
+        model,
+        make_optimizer(config, model),
         loss_fn,
         (),
         key=jax.random.key(config.seed),

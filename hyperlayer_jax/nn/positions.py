@@ -4,12 +4,16 @@ Each is made for an index space of `size` positions (tokens, or blocks of them),
 of `num_heads` heads and `num_tuples` tuples how far away to look, and how widely.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.scipy.special import logit
 
+from hyperlayer_jax.kernels.xla import stored
 from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
 
@@ -17,48 +21,41 @@ HIDDEN = 64
 # The widest of the first sigmas, as a part of the index space.
 _FIRST_SIGMA = 0.25
 _MEAN_GAIN, _SIGMA_GAIN, _NETWORK_GAIN = 4.0, 8.0, 0.02
-# How many of its sigmas a distance moves at most in a step of size 1, and the part that is left of
-# the steps of a network, where steps are kept short.
+# Where steps are kept short: how many of its sigmas a distance moves at most in one of size 1, and
+# the part that is left of those of a network.
 _LONGEST_STEP, _NETWORK_STEP = 3.0, 0.25
 
 
-class RawPositions(nnx.Param):
-    """Raw distances and sigmas [..., 2], before gains."""
+def shorten_steps(model: nnx.Module) -> Callable[[Any, Any], Any]:
+    """Keeps found positions of a model's attention where they are, also with long steps.
 
-
-def shorten_steps(updates: nnx.State, params: nnx.State) -> nnx.State:
-    """Keeps positions where they are once they are found, also with long steps.
-
-    To stand behind an optimizer like Adam, as `optax.stateless(shorten_steps)`. Steps of Adam are
-    equally long, in parts of the space, all along: they throw a mean whose sigma has become small
-    off its place, and the farther the longer the space is. So a distance moves by no more than
-    three of its sigmas per unit of step size. A network takes steps a quarter as long: what it
-    says of single tokens is noise while the distance that they share is not found
-    (docs/offset.md).
+    To stand behind an optimizer like Adam, as `optax.stateless(shorten_steps(model))`. Steps of
+    Adam are equally long, in parts of the space, all along: they throw a mean whose sigma has
+    become small off its place, and the farther the longer the space is. So a distance moves by no
+    more than three of its sigmas per unit of step size. Networks of positions take steps a quarter
+    as long: what they say of single tokens is noise while the distance that tokens share is not
+    found (docs/offset.md). `learned2d`, which has no distances, is left as it is.
 
     Args:
-      updates: of all the parameters [*B] of a model.
-      params: those parameters.
+      model: the module that is optimized, or one like it.
 
     Returns:
-      The updates, with those of distances and position networks made shorter.
+      A function of the updates and the values of all parameters of the model, trees of [*B], that
+      returns the updates with those of distances and networks made shorter.
     """
-    factors = {}
-    for path, param in nnx.to_flat_state(params):
-        if isinstance(param, RawPositions):
-            raw_means, raw_sigmas = jnp.split(_with_gains(param[...]), 2, -1)
-            slope = _MEAN_GAIN * jax.nn.sigmoid(raw_means) * jax.nn.sigmoid(-raw_means)
-            longest = _LONGEST_STEP * transform_sigmas(raw_sigmas[..., 0], (1,))
-            factor = longest / jnp.maximum(slope, longest)
-            factors[path] = jnp.concatenate([factor, jnp.ones_like(factor)], -1)
-    networks = [path[:-2] for path in factors if path[-2] == "free"]
+    modules = [(tuple(map(str, path)), module) for path, module in nnx.iter_modules(model)]
+    free = {(*path, "parameters"): m for path, m in modules if isinstance(m, FreePositions)}
+    networks = [path for path, module in modules if isinstance(module, LearnedPositions)]
 
-    def shorten(path, update):
-        in_network = any(path[: len(network)] == network for network in networks)
-        factor = factors.get(path, _NETWORK_STEP if in_network else 1.0)
-        return path, update.replace(update[...] * factor)
+    def shorten(path, update, param):
+        names = tuple(str(jax.tree_util.keystr((key,), simple=True)) for key in path)
+        names = names[:-1] if names[-1] == "value" else names
+        if names in free:
+            return update * free[names].step_factors(param)
+        in_network = any(names[: len(network)] == network for network in networks)
+        return update * _NETWORK_STEP if in_network else update
 
-    return nnx.from_flat_state(shorten(*item) for item in nnx.to_flat_state(updates))
+    return lambda updates, params: jax.tree_util.tree_map_with_path(shorten, updates, params)
 
 
 class FreePositions(nnx.Module):
@@ -90,11 +87,21 @@ class FreePositions(nnx.Module):
             share = (1 + share * np.where(np.arange(num_tuples) % 2, 1, -1)) / 2
         means = logit(jnp.asarray(share, jnp.float32)) / _MEAN_GAIN
         sigmas = _raw_sigmas(np.minimum(space, _FIRST_SIGMA))
-        self.parameters = RawPositions(jnp.stack([means, sigmas], -1))
+        self.parameters = nnx.Param(jnp.stack([means, sigmas], -1))
 
     def raw(self) -> jax.Array:
         """Means and sigmas before they are brought into range: float32 [num_heads, 1, k, 2]."""
         return _with_gains(self.parameters[...])[:, None]
+
+    def step_factors(self, parameters: jax.Array) -> jax.Array:
+        """What `shorten_steps` multiplies updates of `parameters` [num_heads, k, 2] by."""
+        means, sigmas = jnp.split(_with_gains(parameters), 2, -1)
+        slope = jax.nn.sigmoid(means) * jax.nn.sigmoid(-means) * (_MEAN_GAIN * (self.size - 1))
+        slope = slope if self.causal else 2 * slope
+        sigmas = transform_sigmas(sigmas[..., 0], (self.size,), minimum=self.min_sigma)
+        longest = _LONGEST_STEP * sigmas
+        factors = longest / jnp.maximum(slope, longest)
+        return jnp.concatenate([factors, jnp.ones_like(factors)], -1)
 
     def tuples(self, raw: jax.Array, rows: jax.Array) -> IndexTuples:
         """Index tuples for tokens at given positions (equation 13 of docs/method.md).
@@ -204,7 +211,7 @@ class FreeEntries(nnx.Module):
 
     def tuples(self) -> IndexTuples:
         """Means and sigmas [num_heads, size, k, 2], values of 1: a chunk for each row."""
-        means = jax.nn.sigmoid(self.means[...] * _MEAN_GAIN) * self.size - 0.5
+        means = stored(jax.nn.sigmoid(self.means[...] * _MEAN_GAIN)) * self.size - 0.5
         raw = self.sigmas[...] * _SIGMA_GAIN
         sigmas = transform_sigmas(raw, (self.size, self.size), minimum=self.min_sigma)
         return IndexTuples(means, sigmas, jnp.ones_like(raw))
