@@ -314,6 +314,7 @@ def redistribute(points, means, sigmas, values, where, *, implementation=None):
     _check_axis("points", points, "r")
     dtype = xla.accumulator(values.dtype)
     means = jnp.clip(means.astype(dtype), -_MAX_COORDINATE, _MAX_COORDINATE)
+    # The gradient of `maximum`, which shares ties, takes longer.
     sigmas = jnp.where(sigmas < _MIN_SIGMA, _MIN_SIGMA, sigmas.astype(dtype))
     if values.shape[-1] == 1 and implementation in (None, "xla"):
         out = values.astype(dtype) * _shares(implementation, points, means, sigmas, where)

@@ -96,8 +96,6 @@ def test_gradients_match_finite_differences():
 
 
 RAW = jnp.zeros((2, 3, 2))
-
-
 ERRORS = {
     "raw: got int32": lambda: hl.transform_means(RAW.astype(jnp.int32), (3, 3)),
     r"raw: got shape \(2,\)": lambda: hl.transform_means(RAW[:, 0, 0], (3,)),

@@ -48,7 +48,7 @@ def shorten_steps(model: nnx.Module) -> Callable[[Any, Any], Any]:
     networks = [path for path, module in modules if isinstance(module, LearnedPositions)]
 
     def shorten(path, update, param):
-        names = tuple(str(jax.tree_util.keystr((key,), simple=True)) for key in path)
+        names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
         names = names[:-1] if names[-1] == "value" else names
         if names in free:
             return update * free[names].step_factors(param)
