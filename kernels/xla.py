@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_UNROLL = 16
+# What is summed over entries or tuples is summed in blocks of so many, unrolled.
+_UNROLL = 8
 # Products over fewer features than this are summed lane by lane, and scattered in one go.
 _LANES = 8
 # Proportions are [*B,k,m]; larger ones are made and used up in blocks of tuples.
@@ -76,7 +77,8 @@ def _in_bounds(indices, size):
 def ell_spmm(indices, values, dense):
     """out[i] = sum over q of values[i, q] dense[indices[i, q]].
 
-    Unrolled over q, so that XLA fuses gather, product and sum, and no [i, p, d] array exists.
+    Unrolled over a few q, so that XLA fuses gather, product and sum, and no [i, p, d] array exists;
+    and a loop over the rest, whose result nobody who reads it twice computes twice.
     """
     allowed = _in_bounds(indices, dense.shape[0])
     values = values.astype(accumulator(dense.dtype))
@@ -85,8 +87,13 @@ def ell_spmm(indices, values, dense):
         product = values[:, q, None] * _rows(dense, indices[:, q])
         return jnp.where(allowed[:, q, None], product, 0)
 
-    entries = indices.shape[1]
-    total = jax.lax.fori_loop(1, entries, lambda q, total: total + term(q), term(0), unroll=_UNROLL)
+    def terms(first, count):
+        return functools.reduce(jnp.add, [term(first + q) for q in range(count)])
+
+    blocks, first = divmod(indices.shape[1] - 1, _UNROLL)
+    first += 1
+    add_block = lambda b, total: total + terms(first + b * _UNROLL, _UNROLL)  # noqa: E731
+    total = jax.lax.fori_loop(0, blocks, add_block, terms(0, first))
     return total.astype(dense.dtype)
 
 
@@ -119,7 +126,8 @@ def ell_spmm_transposed(indices, values, dense, *, num_cols):
 def ell_sddmm(indices, lhs, rhs):
     """out[i, q] = lhs[i] . rhs[indices[i, q]]."""
     left = lhs.astype(accumulator(lhs.dtype))
-    dots = _dots(lambda x, y: x[None] * _rows(y, indices.T), left, rhs).T
+    entry = lambda index: _dots(lambda x, y: x * _rows(y, index), left, rhs)  # noqa: E731
+    dots = jax.lax.map(entry, indices.T, batch_size=_UNROLL).T
     return jnp.where(_in_bounds(indices, rhs.shape[0]), dots, 0).astype(lhs.dtype)
 
 
@@ -251,15 +259,19 @@ def _distances(points, means, sigmas):
 
 
 def _densities(distances, where, axis):
-    """Densities relative to the densest allowed point, and 1 / their sums over the points."""
-    squares = functools.reduce(jnp.add, [d * d for d in distances])
-    squares = jnp.where(where, squares, jnp.inf)
-    limits = jnp.finfo(squares.dtype)
-    nearest = jnp.minimum(_least(squares, axis), limits.max / 2)
+    """Densities relative to the densest allowed point.
+
+    Every operand of the size of proportions is an array: XLA on CPU hands minimum and exponential
+    to a library, and makes whole arrays of the constants that it hands over.
+    """
+    halves = functools.reduce(jnp.add, [d * d for d in distances]) / 2
+    halves = jnp.where(where, halves, jnp.inf)
+    limits = jnp.finfo(halves.dtype)
     # Compilers may compute the squares twice and round them differently; where they are large, that
     # could lose the nearest point. Squares that agree to rounding are as near as the nearest.
     slack = 1 + 2 * len(distances) * limits.eps
-    return jnp.exp(jnp.minimum(nearest * slack - squares, 0) / 2)
+    nearest = jnp.minimum(_least(halves, axis), limits.max / 4) * slack
+    return jnp.exp(nearest - jnp.maximum(halves, nearest))
 
 
 def _inverse(total):
