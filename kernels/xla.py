@@ -158,8 +158,8 @@ def redistribute(points, means, sigmas, values, where):
     axis, points, where, tuples = _chunks(points, where, means, sigmas, values)
 
     def add_block(total, block):
-        means, sigmas, values = block
-        density = _densities(_distances(points, means, sigmas), where, axis)
+        means, inverse_sigmas, values = block
+        density = _densities(_distances(points, means, inverse_sigmas), where, axis)
         weights = values * _inverse(density.sum(axis, keepdims=True))
         return total + _combine_tuples(weights, density, axis), None
 
@@ -174,8 +174,8 @@ def redistribute_grad(points, means, sigmas, values, where, grad):
     grad = _arrange(grad[..., None, :], axis)
 
     def block_gradients(_, block):
-        means, sigmas, values = block
-        distances = _distances(points, means, sigmas)
+        means, inverse_sigmas, values = block
+        distances = _distances(points, means, inverse_sigmas)
         density = _densities(distances, where, axis)
         # A tuple's value gets the mean of the gradient under its shares; what its shares get is
         # the deviation from that mean. Products with distances are summed in a single pass.
@@ -183,7 +183,8 @@ def redistribute_grad(points, means, sigmas, values, where, grad):
         normaliser = _inverse(total)
         mean_grad = product * normaliser
         deviation = density * (grad - mean_grad)
-        grads = _gradients_of_positions(deviation, distances, sigmas, values * normaliser, axis)
+        scale = values * normaliser
+        grads = _gradients_of_positions(deviation, distances, inverse_sigmas, scale, axis)
         return None, (*grads, mean_grad)
 
     _, grads = _scan_tuples(block_gradients, None, tuples, where.size)
@@ -197,21 +198,22 @@ def single_tuple_grad(points, means, sigmas, shares, grad):
     """
     shapes = (means.shape, sigmas.shape)
     values = jnp.ones_like(means[..., 0])
-    axis, points, shares, (means, sigmas, values) = _chunks(points, shares, means, sigmas, values)
+    axis, points, shares, tuples = _chunks(points, shares, means, sigmas, values)
+    means, inverse_sigmas, values = tuples
     grad = _arrange(grad[..., None, :], axis)
     total, product = _total_and_product(shares, grad, axis)
     deviation = shares * (grad - product / jnp.where(total > 0, total, 1))
-    distances = _distances(points, means, sigmas)
-    grads = _gradients_of_positions(deviation, distances, sigmas, values, axis)
+    distances = _distances(points, means, inverse_sigmas)
+    grads = _gradients_of_positions(deviation, distances, inverse_sigmas, values, axis)
     return tuple(_arrange_back(x, axis, shape) for x, shape in zip(grads, shapes, strict=True))
 
 
-def _gradients_of_positions(deviation, distances, sigmas, scale, axis):
+def _gradients_of_positions(deviation, distances, inverse_sigmas, scale, axis):
     """Gradients of means and sigmas, their r axes along `axis`."""
     terms = [deviation * d for d in distances] + [deviation * d * d for d in distances]
-    weights = 2 * [scale / sigma for sigma in sigmas]
+    weights = 2 * [scale * inverse_sigma for inverse_sigma in inverse_sigmas]
     grads = [x * weight for x, weight in zip(_sums(terms, axis), weights, strict=True)]
-    r = len(sigmas)
+    r = len(distances)
     return jnp.concatenate(grads[:r], axis), jnp.concatenate(grads[r:], axis)
 
 
@@ -224,7 +226,7 @@ def _chunks(points, where, means, sigmas, values):
     Returns:
       The axis of the points, 2 or 0, and the arguments with axes of size 1 to broadcast with
       proportions: r arrays of points in the dtype of the others; where, or other marks of points;
-      and the tuples (r arrays of means, r arrays of sigmas, values).
+      and the tuples (r arrays of means, r arrays of 1 / sigmas, values).
     """
     m, r = points.shape[-2:]
     axis = 0 if m < FEW_POINTS else 2
@@ -236,7 +238,7 @@ def _chunks(points, where, means, sigmas, values):
         _arrange(where[..., None, :], axis),
         (
             [_arrange(x[..., None], axis) for x in means],
-            [_arrange(x[..., None], axis) for x in sigmas],
+            [_arrange(1 / x[..., None], axis) for x in sigmas],
             _arrange(values[..., None], axis),
         ),
     )
@@ -252,10 +254,10 @@ def _arrange_back(x, axis, shape):
     return (x if axis == 2 else jnp.moveaxis(x, (0, 1), (-1, -2))).reshape(shape)
 
 
-def _distances(points, means, sigmas):
+def _distances(points, means, inverse_sigmas):
     """(point - mean) / sigma: r arrays of the size of proportions."""
-    tuples = zip(points, means, sigmas, strict=True)
-    return [(point - mean) * (1 / sigma) for point, mean, sigma in tuples]
+    tuples = zip(points, means, inverse_sigmas, strict=True)
+    return [(point - mean) * inverse_sigma for point, mean, inverse_sigma in tuples]
 
 
 def _densities(distances, where, axis):
@@ -339,9 +341,9 @@ def _scan_tuples(step, carry, tuples, num_points):
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], num_blocks * size, *x.shape[3:])[:, :k]
 
-    means, sigmas, values = tuples
+    means, inverse_sigmas, values = tuples
     # Sigmas of 1 for the tuples that fill up the last block.
-    blocks = [split(x, 0) for x in means], [split(x, 1) for x in sigmas], split(values, 0)
+    blocks = [split(x, 0) for x in means], [split(x, 1) for x in inverse_sigmas], split(values, 0)
     carry, out = jax.lax.scan(step, carry, blocks)
     return carry, jax.tree.map(join, out)
 
