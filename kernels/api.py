@@ -1,4 +1,4 @@
-"""The face of the kernels: validation, gradients, and the one choice of backend.
+"""The face of the kernels: validation and gradients; `dispatch` has the one choice of backend.
 
 Sparse matrices come as entries, in one of two layouts, with any number of leading batch axes *B:
 
@@ -10,34 +10,15 @@ is 0, and nothing is read or written out of bounds. Each layout has one form, tr
 left and right operand, and its operations are the partial derivatives of that form; so each is the
 gradient of the others, to any order of reverse-mode differentiation. `redistribute` and the two
 attentions are differentiable once.
-
-`implementation=None` picks a backend at trace time; a name forces that backend. Where a forced
-kernel is lowered for a CPU it runs in the interpret mode of Pallas; `None` runs plain JAX there.
-
-To add a backend:
-
-1. Write `<name>.py` beside `xla.py`: any of its functions, under their names and signatures, with a
-   keyword `interpret`, for operands of exactly one batch axis and no empty axis; and
-   `lacks(operation, *operands, **sizes)`: why it cannot serve these, in words, or "".
-2. List the name in `_BACKENDS`. A name forces it from then on.
-3. List in `_FASTER` where it is measured to be faster, for `implementation=None`.
 """
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import xla
-
-_BACKENDS = ("xla", "triton", "triton_deterministic", "mosaic_gpu", "tpu")
-# What `implementation=None` takes: for (platform, operation), pairs of a backend and a predicate of
-# the operands. The first whose predicate holds, and which lacks nothing, serves; else "xla". Empty,
-# since nothing has been measured on a GPU or TPU. A line that `benchmarks.run` could earn there:
-#   ("gpu", "ell_spmm"): [("triton", lambda indices, values, dense: dense.shape[-1] >= 16)],
-_FASTER = {}
+from . import dispatch, xla
 
 _POSITIONS = ("indices", "block_indices", "rows", "cols", "points")
 _FLOATS = ("bfloat16", "float32", "float64")
@@ -47,83 +28,13 @@ _MIN_SIGMA = 1e-5
 _MAX_COORDINATE = 2.0**32
 
 
-def _lacks(name, operation, operands, sizes):
-    """Why backend `name` cannot serve `operation` on these operands; empty where it can."""
-    module = _module(name)
-    if module is xla:
-        return ""
-    if not hasattr(module, operation):
-        return f"there is no {operation}"
-    return module.lacks(operation, *operands, **sizes)
-
-
-def _module(name):
-    return importlib.import_module(f"{__package__}.{name}")
-
-
-def _choose(implementation, operation, operands, sizes):
-    """The name of the backend to serve `operation`; the operands have exactly one batch axis."""
-    if implementation is None:
-        for name, faster in _FASTER.get((jax.default_backend(), operation), ()):
-            if faster(*operands, **sizes) and not _lacks(name, operation, operands, sizes):
-                return name
-        return "xla"
-    if lacks := _lacks(implementation, operation, operands, sizes):
-        raise NotImplementedError(f"implementation: got {implementation!r}, but {lacks}")
-    return implementation
-
-
-def _run(implementation, operation, leading, results, *operands, **sizes):
-    """Runs an operation on the backend that serves it; empty sums are 0.
-
-    Args:
-      implementation: a backend by name, or None to choose.
-      operation: the name of a function of `xla`.
-      leading: the number of batch axes *B.
-      results: the shapes [*B,...] and dtypes of what it returns, a pytree.
-      *operands: arrays [*B,...].
-      **sizes: its static keywords.
-
-    Returns:
-      Arrays like `results`.
-    """
-    if any(0 in x.shape for x in (*operands, *jax.tree.leaves(results))):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
-    flat = [x.reshape(-1, *x.shape[leading:]) for x in operands]
-    name = _choose(implementation, operation, flat, sizes)
-    plain = functools.partial(getattr(xla, operation), **sizes)
-    if name == "xla":
-        return plain(*operands)
-    kernel = functools.partial(getattr(_module(name), operation), **sizes)
-    on_cpu = plain if implementation is None else functools.partial(kernel, interpret=True)
-    on_device = functools.partial(kernel, interpret=False)
-
-    @jax.custom_batching.custom_vmap
-    def serve(*operands):
-        return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=on_device)
-
-    @serve.def_vmap
-    def _(size, mapped, *operands):
-        operands = [
-            x if own else jnp.broadcast_to(x, (size, *x.shape))
-            for x, own in zip(operands, mapped, strict=True)
-        ]
-        out = serve(*(x.reshape(-1, *x.shape[2:]) for x in operands))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return jax.tree.map(lambda x, like: x.reshape(like.shape), serve(*flat), results)
-
-
 def _check(implementation, **arguments):
     """Raise a ValueError unless shapes and dtypes agree; return the arguments as arrays.
 
     Each argument is (array, axes): a name for each trailing axis, equal names equal sizes.
     Positions are int32, `where` is bool; all other arguments share one float dtype.
     """
-    if implementation not in (None, *_BACKENDS):
-        names = ", ".join(map(repr, _BACKENDS))
-        raise ValueError(f"implementation: got {implementation!r}, want None or one of {names}")
+    dispatch.check(implementation)
     arrays = [jnp.asarray(array) for array, _ in arguments.values()]
     sizes, batch, dtype = {}, None, None
     for array, (name, (_, axes)) in zip(arrays, arguments.items(), strict=True):
@@ -418,7 +329,7 @@ def _result(dtype, *shape):
 def _ell_spmm(implementation, indices, values, dense):
     *batch, i, _ = indices.shape
     result = _result(dense.dtype, *batch, i, dense.shape[-1])
-    return _run(implementation, "ell_spmm", len(batch), result, indices, values, dense)
+    return dispatch.run(implementation, "ell_spmm", len(batch), result, indices, values, dense)
 
 
 def _ell_spmm_bwd(implementation, residuals, grad):
@@ -434,7 +345,7 @@ def _ell_spmm_bwd(implementation, residuals, grad):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ell_spmm_transposed(implementation, num_cols, indices, values, dense):
     *batch, _, d = dense.shape
-    return _run(
+    return dispatch.run(
         implementation,
         "ell_spmm_transposed",
         len(batch),
@@ -458,7 +369,7 @@ def _ell_spmm_transposed_bwd(implementation, _, residuals, grad):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ell_sddmm(implementation, indices, lhs, rhs):
     result = _result(lhs.dtype, *indices.shape)
-    return _run(implementation, "ell_sddmm", indices.ndim - 2, result, indices, lhs, rhs)
+    return dispatch.run(implementation, "ell_sddmm", indices.ndim - 2, result, indices, lhs, rhs)
 
 
 def _ell_sddmm_bwd(implementation, residuals, grad):
@@ -474,7 +385,7 @@ def _ell_sddmm_bwd(implementation, residuals, grad):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _spmm(implementation, num_rows, rows, cols, values, dense):
     *batch, _ = rows.shape
-    return _run(
+    return dispatch.run(
         implementation,
         "spmm",
         len(batch),
@@ -500,7 +411,7 @@ def _spmm_bwd(implementation, _, residuals, grad):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sddmm(implementation, rows, cols, lhs, rhs):
     result = _result(lhs.dtype, *rows.shape)
-    return _run(implementation, "sddmm", rows.ndim - 1, result, rows, cols, lhs, rhs)
+    return dispatch.run(implementation, "sddmm", rows.ndim - 1, result, rows, cols, lhs, rhs)
 
 
 def _sddmm_bwd(implementation, residuals, grad):
@@ -517,14 +428,14 @@ def _sddmm_bwd(implementation, residuals, grad):
 def _redistribute(implementation, points, means, sigmas, values, where):
     operands = (points, means, sigmas, values, where)
     result = _result(values.dtype, *where.shape)
-    return _run(implementation, "redistribute", where.ndim - 1, result, *operands)
+    return dispatch.run(implementation, "redistribute", where.ndim - 1, result, *operands)
 
 
 def _redistribute_bwd(implementation, residuals, grad):
     _, means, sigmas, values, _ = residuals
     results = (means, sigmas, values)
     leading = grad.ndim - 1
-    grads = _run(implementation, "redistribute_grad", leading, results, *residuals, grad)
+    grads = dispatch.run(implementation, "redistribute_grad", leading, results, *residuals, grad)
     return None, *grads, None
 
 
@@ -542,7 +453,9 @@ def _shares_fwd(implementation, points, means, sigmas, where):
 def _shares_bwd(implementation, residuals, grad):
     _, means, sigmas, _ = residuals
     leading = grad.ndim - 1
-    grads = _run(implementation, "single_tuple_grad", leading, (means, sigmas), *residuals, grad)
+    grads = dispatch.run(
+        implementation, "single_tuple_grad", leading, (means, sigmas), *residuals, grad
+    )
     return None, *grads, None
 
 
@@ -575,7 +488,7 @@ def _attention_fwd(operation, implementation, sizes, *operands):
         _result(q.dtype, *batch, t, v.shape[-1]),
         _result(xla.accumulator(q.dtype), *batch, t),
     )
-    out, log_sum_exp = _run(
+    out, log_sum_exp = dispatch.run(
         implementation, operation, len(batch), results, *operands, **dict(sizes)
     )
     return out, (*operands, out, log_sum_exp)
@@ -583,7 +496,7 @@ def _attention_fwd(operation, implementation, sizes, *operands):
 
 def _attention_bwd(operation, implementation, sizes, residuals, grad):
     q, k, v, _, log_weights, *_ = residuals
-    dq, dk, dv, dlog_weights = _run(
+    dq, dk, dv, dlog_weights = dispatch.run(
         implementation,
         f"{operation}_grad",
         q.ndim - 2,

@@ -1,7 +1,8 @@
 """Plain JAX: the meaning of each operation, and its fallback on every platform.
 
 An index outside its axis never reads or writes: gathers clamp it and its product is masked,
-scatters drop it. 16-bit floats accumulate in float32. No size is 0 here; `api` answers for those.
+scatters drop it. 16-bit floats accumulate in float32. No size is 0 here: `dispatch` answers for
+those.
 """
 
 import functools

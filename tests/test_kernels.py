@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 
 from hyperlayer_jax import kernels
-from hyperlayer_jax.kernels import api, xla
+from hyperlayer_jax.kernels import dispatch, xla
 
 PRODUCTS = ("ell_spmm", "ell_spmm_transposed", "ell_sddmm", "spmm", "sddmm")
 ATTENTIONS = ("gathered_attention", "block_attention", "causal_block_attention")
@@ -466,7 +466,7 @@ def backend(monkeypatch):
     module.calls, module.lacks = [], lacks
     module.ell_spmm, module.ell_sddmm = serve("ell_spmm"), serve("ell_sddmm")
     monkeypatch.setitem(sys.modules, "hyperlayer_jax.kernels.probe", module)
-    monkeypatch.setattr(api, "_BACKENDS", ("xla", "probe"))
+    monkeypatch.setattr(dispatch, "_BACKENDS", ("xla", "probe"))
     return module
 
 
@@ -494,7 +494,7 @@ def test_a_backend_sees_one_batch_axis_under_vmap(backend):
 
 def test_none_takes_what_is_listed_as_faster(backend, monkeypatch):
     rows = (("probe", lambda indices, values, dense: dense.shape[-1] > 2),)
-    monkeypatch.setattr(api, "_FASTER", {(jax.default_backend(), "ell_spmm"): rows})
+    monkeypatch.setattr(dispatch, "_FASTER", {(jax.default_backend(), "ell_spmm"): rows})
     for d, served in ((2, False), (4, True), (9, False)):
         backend.calls.clear()
         function, positions, floats, expected = example("ell_spmm", d=d)
