@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from hyperlayer_jax import checks, kernels
 from hyperlayer_jax.kernels.xla import accumulator
@@ -66,8 +65,8 @@ def sparse_attention(
     key_heads = key.shape[2]
     block = length // pattern.out_shape[0]
     indices, weights = _per_head(pattern, leading, batch, heads)
+    query, key, value = (jnp.moveaxis(x, 1, 2) for x in (query, key, value))
     query = query * jnp.asarray(width**-0.5, query.dtype)
-    query, key, value = (_head_by_head(x) for x in (query, key, value))
 
     if block > 1:
         key, value = (jnp.repeat(x, heads // key_heads, axis=1) for x in (key, value))
@@ -104,15 +103,6 @@ def sparse_attention(
         entries = (x.reshape(grouped) for x in (rows, columns, log_weights))
         out = _over_entries(query, key, value, *entries, implementation)
     return jnp.moveaxis(out.reshape(batch, heads, length, -1), 1, 2)
-
-
-def _head_by_head(x):
-    """[B, T, N, H] as [B, N, T, H], and laid out so in memory.
-
-    Left to choose, XLA on CPU gathers rows from where they were computed, N rows apart, or even
-    computes a row anew for everyone who reads it.
-    """
-    return with_layout_constraint(jnp.moveaxis(x, 1, 2), Layout((0, 1, 2, 3)))
 
 
 def _per_head(pattern, leading, batch, heads):

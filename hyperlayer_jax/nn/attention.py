@@ -489,8 +489,8 @@ def rotate(x: jax.Array, rows: jax.Array) -> jax.Array:
     """
     half = x.shape[-1] // 2
     rates = jnp.asarray(_ROTARY_BASE ** (-np.arange(half) / half), jnp.float32)
-    angles = (rows.astype(jnp.float32)[:, None] * rates[None])[None, :, None, None]
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, half)
-    sin = jnp.sin(angles)
-    turned = pairs * jnp.cos(angles) + pairs[..., ::-1, :] * jnp.concatenate([-sin, sin], -2)
-    return turned.reshape(x.shape).astype(x.dtype)
+    angles = (rows.astype(jnp.float32)[:, None] * rates[None])[None, :, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+    return turned.astype(x.dtype)
