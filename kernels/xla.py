@@ -78,8 +78,8 @@ def _in_bounds(indices, size):
 def ell_spmm(indices, values, dense):
     """out[i] = sum over q of values[i, q] dense[indices[i, q]].
 
-    Unrolled over a few q, so that XLA fuses gather, product and sum, and no [i, p, d] array exists;
-    and a loop over the rest, whose result nobody who reads it twice computes twice.
+    A loop over blocks of q, unrolled: XLA fuses gather, product and sum of a block, so that no
+    [i, p, d] array exists, but it cannot fuse a loop into its readers, who would each repeat it.
     """
     allowed = _in_bounds(indices, dense.shape[0])
     values = values.astype(accumulator(dense.dtype))
@@ -125,7 +125,7 @@ def ell_spmm_transposed(indices, values, dense, *, num_cols):
 
 @functools.partial(jnp.vectorize, signature="(i,p),(i,d),(j,d)->(i,p)")
 def ell_sddmm(indices, lhs, rhs):
-    """out[i, q] = lhs[i] . rhs[indices[i, q]]."""
+    """out[i, q] = lhs[i] . rhs[indices[i, q]], a few q at a time: all lanes would be [i, p, 8]."""
     left = lhs.astype(accumulator(lhs.dtype))
     entry = lambda index: _dots(lambda x, y: x * _rows(y, index), left, rhs)  # noqa: E731
     dots = jax.lax.map(entry, indices.T, batch_size=_UNROLL).T
