@@ -88,13 +88,12 @@ def ell_spmm(indices, values, dense):
         product = values[:, q, None] * _rows(dense, indices[:, q])
         return jnp.where(allowed[:, q, None], product, 0)
 
-    def terms(first, count):
-        return functools.reduce(jnp.add, [term(first + q) for q in range(count)])
-
-    blocks, first = divmod(indices.shape[1] - 1, _UNROLL)
-    first += 1
-    add_block = lambda b, total: total + terms(first + b * _UNROLL, _UNROLL)  # noqa: E731
-    total = jax.lax.fori_loop(0, blocks, add_block, terms(0, first))
+    # A first block of what is over, so that all others are full and end in a loop.
+    entries = indices.shape[1]
+    first = (entries - 1) % _UNROLL + 1
+    add = lambda q, total: total + term(q)  # noqa: E731
+    total = jax.lax.fori_loop(1, first, add, term(0), unroll=_UNROLL)
+    total = jax.lax.fori_loop(first, entries, add, total, unroll=_UNROLL)
     return total.astype(dense.dtype)
 
 
@@ -127,8 +126,14 @@ def ell_spmm_transposed(indices, values, dense, *, num_cols):
 def ell_sddmm(indices, lhs, rhs):
     """out[i, q] = lhs[i] . rhs[indices[i, q]], a few q at a time: all lanes would be [i, p, 8]."""
     left = lhs.astype(accumulator(lhs.dtype))
-    entry = lambda index: _dots(lambda x, y: x * _rows(y, index), left, rhs)  # noqa: E731
-    dots = jax.lax.map(entry, indices.T, batch_size=_UNROLL).T
+
+    def block(indices):
+        return _dots(lambda x, y: x[None] * _rows(y, indices), left, rhs)
+
+    i, entries = indices.shape
+    first, others = jnp.split(indices.T, [(entries - 1) % _UNROLL + 1])
+    others = jax.lax.map(block, others.reshape(-1, _UNROLL, i))
+    dots = jnp.concatenate([block(first), others.reshape(-1, i)]).T
     return jnp.where(_in_bounds(indices, rhs.shape[0]), dots, 0).astype(lhs.dtype)
 
 
