@@ -8,6 +8,7 @@ The run ends when all of them sit on the diagonal, or after `--steps`:
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -52,10 +53,11 @@ class Config(launcher.Config):
             raise ValueError(f"--learning_rate must be above 0, got {self.learning_rate}")
 
 
-def test_error(model: SparseLinear, size: int) -> float:
+@functools.partial(nnx.jit, static_argnames="size")
+def test_error(model: SparseLinear, size: int) -> jax.Array:
     """The mean squared error of the rounded layer on random x [1000, size]."""
     x = jax.random.normal(jax.random.key(0), (_TEST_EXAMPLES, size))
-    return float(jnp.mean((nnx.view(model, deterministic=True)(x) - x) ** 2))
+    return jnp.mean((nnx.view(model, deterministic=True)(x) - x) ** 2)
 
 
 def draw_tuples(axes: Axes, tuples: IndexTuples, size: int, title: str) -> None:
@@ -102,9 +104,11 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         sigma = jnp.mean(model.layer.hypernetwork().sigmas) / size
         return jnp.mean((model(x) - x) ** 2) + config.sigma_penalty * sigma, {}
 
+    free_tuples = nnx.jit(lambda model: model.layer.hypernetwork())
+
     def evaluate(model, step):
-        history[step] = jax.device_get(model.layer.hypernetwork())
-        return {"mse": test_error(model, size)}
+        history[step] = jax.device_get(free_tuples(model))
+        return {"mse": float(test_error(model, size))}
 
     # A step of the same length in cells, whatever the size.
     learning_rate = config.learning_rate * 128 / size
@@ -127,13 +131,16 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     figures.save_png(figure, workdir / "tuples.png")
     figure = Figure(figsize=(4.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    figures.save_gif(
-        figure,
-        lambda step: draw_tuples(axes, history[step], size, f"step {step}"),
-        steps,
-        workdir / "tuples.gif",
-    )
-    mse = test_error(model, size)
+
+    def draw(step):
+        draw_tuples(axes, history[step], size, f"step {step}")
+
+    # All frames have one layout: to find it anew would take as long as drawing them.
+    draw(steps[0])
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    figures.save_gif(figure, draw, steps, workdir / "tuples.gif")
+    mse = float(test_error(model, size))
     print(f"mean squared error with rounded means: {mse:.4g}")
     print(f"pictures: {workdir / 'tuples.png'}, {workdir / 'tuples.gif'}")
     return {"mse": mse, **run, "test_examples": _TEST_EXAMPLES}
