@@ -166,6 +166,21 @@ def test_any_number_of_entries_and_features(name, sizes, implementation):
     assert_close(run(positions, floats), expected(*floats))
 
 
+@pytest.mark.parametrize("p", [8, 9])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_plain_jax_takes_blocks_of_entries_and_heads_one_by_one(name, p):
+    """Enough features, entries and batch axes for all loops of the plain functions."""
+    function, positions, floats, expected = example(name, (2, 3), p=p, d=9)
+    out, gradients = value_and_vjp(function, positions, floats, implementation="xla")
+    assert_close(out, expected(*floats))
+    of_each = [
+        value_and_vjp(function, *jax.tree.map(lambda x: x[b], (positions, floats)))[1]  # noqa: B023
+        for b in np.ndindex(2, 3)
+    ]
+    for gradient, *wanted in zip(gradients, *of_each, strict=True):
+        assert_close(gradient, np.stack(wanted).reshape(gradient.shape))
+
+
 @contract
 def test_bfloat16_accumulates_in_float32(name, implementation):
     function, positions, floats, expected = example(name, p=200, n=200, dtype=jnp.bfloat16)
