@@ -235,6 +235,15 @@ def test_free_positions_start_apart_and_inside(causal):
     assert (within * (sigmas[1:] + sigmas[:-1]) > np.diff(means)).all()
 
 
+def test_turning_multiplies_by_a_complex_number():
+    x = np.asarray(jax.random.normal(jax.random.key(0), (2, 5, 3, 8)))
+    rows = np.asarray([0, 3, 4, 100, 1000])
+    rates = 10_000.0 ** (-np.arange(4) / 4)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * rows[:, None] * rates)[None, :, None]
+    want = np.concatenate([turned.real, turned.imag], -1)
+    assert_close(rotate(jnp.asarray(x), jnp.asarray(rows, jnp.int32)), want, rtol=1e-4, atol=1e-4)
+
+
 def test_logits_of_turned_vectors_depend_on_the_distance_alone():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
     turn = lambda x, t: rotate(x, jnp.asarray([t], jnp.int32))  # noqa: E731

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.scipy.special import logit
 
 from hyperlayer_jax.kernels.xla import stored
+from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
 
@@ -156,10 +157,10 @@ class LearnedPositions(nnx.Module):
         self.free = FreePositions(num_heads, num_tuples, size, causal=causal, min_sigma=min_sigma)
         # Weights are kept large, and what they give is made smaller, so that steps are short.
         large = nnx.initializers.variance_scaling(1 / _NETWORK_GAIN**2, "fan_in", "normal")
-        self.token = nnx.Linear(features, HIDDEN, kernel_init=large, rngs=rngs)
-        self.others = nnx.Linear(features, HIDDEN, use_bias=False, kernel_init=large, rngs=rngs)
+        self.token = TokenLinear(features, HIDDEN, kernel_init=large, rngs=rngs)
+        self.others = TokenLinear(features, HIDDEN, use_bias=False, kernel_init=large, rngs=rngs)
         self.place = nnx.Param(jax.random.normal(rngs.params(), (HIDDEN,)) / _NETWORK_GAIN)
-        self.out = nnx.Linear(
+        self.out = TokenLinear(
             HIDDEN,
             num_heads * num_tuples * 2,
             use_bias=False,

@@ -10,6 +10,7 @@ from flax import nnx
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
+from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
 Positions = Literal["rotary", "learned", "none"]
@@ -181,8 +182,8 @@ class _Block(nnx.Module):
         self.norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
         self.attention = attention
         self.second_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
-        self.widen = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
-        self.narrow = nnx.Linear(hidden, features, dtype=dtype, rngs=rngs)
+        self.widen = TokenLinear(features, hidden, dtype=dtype, rngs=rngs)
+        self.narrow = TokenLinear(hidden, features, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, x, mask):
