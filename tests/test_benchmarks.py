@@ -1,5 +1,8 @@
 """The figures that the benchmarks report, and the table made from them."""
 
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import pytest
 
@@ -28,6 +31,24 @@ def test_value_and_gradients_in_some_arguments():
     run = timing.value_and_gradients(lambda n, x, y: n * x * y, 1, 2)
     out, (dx, dy) = run(*(jnp.asarray(x) for x in (2.0, 3.0, 5.0)))
     assert (out, dx, dy) == (30, 10, 6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no such option of the C library")
+def test_what_is_freed_stays_with_the_process():
+    """A second array of 128 MB meets the pages of the first one, already cleared."""
+    code = """
+import resource, numpy as np
+from benchmarks import timing
+
+def faults():
+    np.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+timing._keep_memory()
+print(-faults() + faults())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 100
 
 
 def test_the_table_replaces_what_stands_between_the_comments():

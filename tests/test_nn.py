@@ -14,6 +14,7 @@ from laws import FLOATS, assert_close, assert_equal, random_tuples
 
 import hyperlayer_jax as hl
 from hyperlayer_jax import nn
+from hyperlayer_jax.nn.linear import TokenLinear
 
 OUT, IN = (3, 2), (4,)
 OPTIONS = {"num_global": 2, "num_local": 2, "region": 2}
@@ -240,6 +241,14 @@ leaves(nnx.view(model, deterministic=True)({arguments}))
 def layer(**options):
     arguments = {"out_shape": OUT, "in_shape": IN, "rngs": nnx.Rngs(0)} | options
     return nn.HyperLayer(lambda x: None, **arguments)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 0), (2, 3)])
+def test_a_linear_layer_of_tokens_is_one_of_rows(batch):
+    layer = TokenLinear(4, 5, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (*batch, 4))
+    kernel, bias = np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])
+    assert_close(layer(x), np.asarray(x) @ kernel + bias)
 
 
 ERRORS = {
