@@ -44,7 +44,8 @@ _VALIDATION_WINDOWS, _TEST_WINDOWS, _WINDOWS_AT_ONCE = 128, 1024, 32
 _NUM_EVALUATIONS = 5
 _SAMPLES, _PROMPT = 3, 64
 _NUM_TOKENS = 64
-_SOLVED, _OFFSET_INTERVAL = 0.001, 50
+# On the offset task parameters are averaged over about as many steps as there are between looks.
+_SOLVED, _OFFSET_INTERVAL, _OFFSET_AVERAGE = 0.001, 50, 0.98
 
 
 def _by_task(name: str, help: str, least: float | None = 1) -> Any:
@@ -273,9 +274,10 @@ def train_on_text(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains a model to tell what stood `--offset` tokens ago; says when it could, and ever since.
 
-    The loss is that on new examples, every few steps. `solved_at` is the step at which it was first
-    below 0.001 with points sampled as in training, None if it never was, and `steady` the share of
-    later losses that were below, too. `loss` is the last one, in evaluation.
+    The loss is that on new examples, every few steps, of a moving average of the parameters, since
+    steps that stay long keep these in motion. `solved_at` is the step at which it was first below
+    0.001 with points sampled as in training, None if it never was, and `steady` the share of later
+    losses that were below, too. `loss` is the last one, in evaluation.
     """
 
     def mean_loss(model, key):
@@ -314,6 +316,7 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         workdir=workdir,
         evaluate=evaluate,
         evaluate_every=_OFFSET_INTERVAL,
+        average=_OFFSET_AVERAGE,
     )
     tokens = np.zeros(config.length, np.int32)
     picture = workdir / "attention.png"

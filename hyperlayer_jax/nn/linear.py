@@ -8,8 +8,8 @@ class TokenLinear(nnx.Linear):
     """`nnx.Linear` that multiplies all tokens as the rows of one matrix.
 
     The gradient of its kernel is then one product of two matrices as they are. With several axes of
-    tokens XLA on CPU first writes out the transpose of one of them, at a third of the time of the
-    whole layer.
+    tokens XLA on CPU first writes out the transpose of one of them, and all directions together
+    take up to 1.4 times as long.
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
