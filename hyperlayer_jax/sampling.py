@@ -13,8 +13,10 @@ from hyperlayer_jax import checks
 from hyperlayer_jax.kernels.xla import FEW_POINTS, accumulator, stored
 from hyperlayer_jax.transforms import last_indices
 
-# Up to this many points, comparing all pairs beats hashing (measured on CPU).
-_MAX_PAIRWISE = 32
+# Up to this many points, comparing all pairs beats hashing: at once, or point by point (measured on
+# CPU).
+_MAX_PAIRWISE, _MAX_LOOP = 32, 256
+_UNROLL = 8
 _SLOTS_PER_POINT = 4
 # Where in its cell a fixed point lies: about the middle, but irrational, so that the quantiles of a
 # flat Gaussian are not halfway between indices, where compilers may round to either.
@@ -209,9 +211,10 @@ def _to_indices(whole: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def duplicate_mask(indices: jax.Array) -> jax.Array:
     """Marks every copy of a point but the first.
 
-    Exact for all int32 coordinates. Points are hashed into a table; where two different points
-    meet in a slot, the earlier one is settled and the others are hashed anew. No arithmetic is
-    done on coordinates, and time and memory are linear in m.
+    Exact for all int32 coordinates. Few points are compared in pairs. Others are hashed into a
+    table; where two different points meet in a slot, the earlier one is settled and the others are
+    hashed anew. No arithmetic is done on coordinates; memory, and for many points time, is linear
+    in m.
 
     Args:
       indices: int32 [*B, m, r].
@@ -232,6 +235,18 @@ def duplicate_mask(indices: jax.Array) -> jax.Array:
         position = jax.lax.broadcasted_iota(jnp.int32, columns[0].shape, axis)
         first = jnp.where(same, jnp.expand_dims(position, axis), m).min(axis + 1, initial=m)
         return jnp.moveaxis(first < position, axis, -1)
+
+    if m <= _MAX_LOOP:
+        columns = [jnp.moveaxis(indices[..., a], -1, 0) for a in range(r)]
+        position = jax.lax.broadcasted_iota(jnp.int32, columns[0].shape, 0)
+
+        def compare(j, first):
+            pairs = [x == jax.lax.dynamic_slice_in_dim(x, j, 1) for x in columns]
+            same = functools.reduce(jnp.logical_and, pairs)
+            return jnp.where(same, jnp.minimum(first, j), first)
+
+        first = jax.lax.fori_loop(0, m, compare, jnp.full_like(columns[0], m), unroll=_UNROLL)
+        return jnp.moveaxis(first < position, 0, -1)
 
     points = indices.reshape(-1, m, r)
     chunks = points.shape[0]
