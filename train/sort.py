@@ -161,17 +161,21 @@ def fixed_sets(split: data.Split, config: Config, count: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(graphdef, state, images):
-    return nnx.merge(graphdef, state)(images)
+def _compiled(graphdef, state, *arguments):
+    return nnx.merge(graphdef, state, copy=True)(*arguments)
+
+
+def _call(model, *arguments):
+    """A module's call, compiled as a whole."""
+    return _compiled(*nnx.split(model), *arguments)
 
 
 def evaluate(model: Sorter, split: data.Split, chosen: np.ndarray) -> dict[str, float]:
     """How often sets `chosen` [n, s, digits] are sorted right; equal numbers in any order."""
     scorer = nnx.view(model.scorer, deterministic=True)
-    graphdef, state = nnx.split(scorer)
     images = split.images.reshape(len(split.labels), -1)
     parts = np.array_split(chosen, -(-chosen.size // 20_000))
-    scores = np.concatenate([_score(graphdef, state, images[part]) for part in parts])
+    scores = np.concatenate([_call(scorer, images[part]) for part in parts])
     numbers = to_numbers(split.labels[chosen])
     order = np.argsort(scores, axis=-1, kind="stable")
     right = np.take_along_axis(numbers, order, axis=-1) == np.sort(numbers, axis=-1)
@@ -181,8 +185,8 @@ def evaluate(model: Sorter, split: data.Split, chosen: np.ndarray) -> dict[str, 
 def draw_picture(model: Sorter, split: data.Split, chosen: np.ndarray) -> Figure:
     """Shows how sets `chosen` [n, s, digits] are sorted: four rows each, wrong items in red."""
     images, numbers = split.images[chosen], to_numbers(split.labels[chosen])
-    soft = model(images, images).items[-1]
-    hard = nnx.view(model, deterministic=True)(images, images)
+    soft = _call(model, images, images).items[-1]
+    hard = _call(nnx.view(model, deterministic=True), images, images)
     order = np.argsort(numbers, axis=-1, kind="stable")
     target = np.take_along_axis(images, order[..., None, None, None, None], axis=1)
     scores = hard.scores[0]

@@ -181,14 +181,22 @@ def bits_per_byte(model: TransformerLM, windows: np.ndarray) -> float:
     return total / len(windows) / math.log(2)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _weights(graphdef, state, tokens):
+    """Of each layer the weights [heads, rows, columns] of its pattern for tokens [T], or None."""
+    patterns = nnx.merge(graphdef, state).patterns(tokens[None])
+    dense = [None if pattern is None else todense(pattern) for pattern in patterns]
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), dense)
+
+
 def draw_patterns(model: TransformerLM, tokens: np.ndarray, layers: str) -> Figure:
     """Where the heads of each layer look in tokens int32 [T], in evaluation."""
-    patterns = nnx.view(model, deterministic=True).patterns(jnp.asarray(tokens)[None])
+    graphdef, state = nnx.split(nnx.view(model, deterministic=True))
     pictures = [
         (f"layer {layer} ({layers[layer]}), head {head}", weights)
-        for layer, pattern in enumerate(patterns)
-        if pattern is not None
-        for head, weights in enumerate(_weights(pattern))
+        for layer, heads in enumerate(_weights(graphdef, state, tokens))
+        if heads is not None
+        for head, weights in enumerate(np.asarray(heads))
     ]
     length, columns = len(tokens), 4
     rows = max(1, math.ceil(len(pictures) / columns))
@@ -202,12 +210,6 @@ def draw_patterns(model: TransformerLM, tokens: np.ndarray, layers: str) -> Figu
     for axis in axes[len(pictures) :]:
         axis.set_axis_off()
     return figure
-
-
-def _weights(pattern: Any) -> np.ndarray:
-    """The weights of a pattern of one example, [heads, rows, columns]."""
-    dense = np.asarray(todense(pattern))
-    return dense.reshape(-1, *dense.shape[-2:])
 
 
 def _continue(model: TransformerLM, key: jax.Array, prompts: np.ndarray, config: Config) -> str:
