@@ -22,9 +22,9 @@ HIDDEN = 64
 # The widest of the first sigmas, as a part of the index space.
 _FIRST_SIGMA = 0.25
 _MEAN_GAIN, _SIGMA_GAIN, _NETWORK_GAIN = 4.0, 8.0, 0.02
-# Where steps are kept short: how many of its sigmas a distance moves at most in one of size 1, and
-# the part that is left of those of a network.
-_LONGEST_STEP, _NETWORK_STEP = 3.0, 0.25
+# Where steps are kept short: how many sigmas a distance, and its sigma, move at most in one of size
+# 1, and the part that is left of those of a network.
+_LONGEST_STEP, _NETWORK_STEP = 3.0, 0.1
 
 
 def shorten_steps(model: nnx.Module) -> Callable[[Any, Any], Any]:
@@ -33,9 +33,11 @@ def shorten_steps(model: nnx.Module) -> Callable[[Any, Any], Any]:
     To stand behind an optimizer like Adam, as `optax.stateless(shorten_steps(model))`. Steps of
     Adam are equally long, in parts of the space, all along: they throw a mean whose sigma has
     become small off its place, and the farther the longer the space is. So a distance moves by no
-    more than three of its sigmas per unit of step size. Networks of positions take steps a quarter
-    as long: what they say of single tokens is noise while the distance that tokens share is not
-    found (docs/offset.md). `learned2d`, which has no distances, is left as it is.
+    more than three of its sigmas per unit of step size. Nor does a sigma: one that shrinks faster
+    than its distance can follow leaves it behind, out of reach of where it was going. Networks of
+    positions take steps a tenth as long: what they say of single tokens is noise while the distance
+    that tokens share is not found (docs/offset.md). `learned2d`, which has no distances, is left as
+    it is.
 
     Args:
       model: the module that is optimized, or one like it.
@@ -96,13 +98,13 @@ class FreePositions(nnx.Module):
 
     def step_factors(self, parameters: jax.Array) -> jax.Array:
         """What `shorten_steps` multiplies updates of `parameters` [num_heads, k, 2] by."""
-        means, sigmas = jnp.split(_with_gains(parameters), 2, -1)
-        slope = jax.nn.sigmoid(means) * jax.nn.sigmoid(-means) * (_MEAN_GAIN * (self.size - 1))
-        slope = slope if self.causal else 2 * slope
-        sigmas = transform_sigmas(sigmas[..., 0], (self.size,), minimum=self.min_sigma)
-        longest = _LONGEST_STEP * sigmas
-        factors = longest / jnp.maximum(slope, longest)
-        return jnp.concatenate([factors, jnp.ones_like(factors)], -1)
+
+        def positions(parameters):
+            return jnp.concatenate(self._distances(_with_gains(parameters)), -1)
+
+        values, slopes = jax.jvp(positions, [parameters], [jnp.ones_like(parameters)])
+        longest = _LONGEST_STEP * values[..., 1:]
+        return longest / jnp.maximum(slopes, longest)
 
     def tuples(self, raw: jax.Array, rows: jax.Array) -> IndexTuples:
         """Index tuples for tokens at given positions (equation 13 of docs/method.md).
@@ -115,13 +117,16 @@ class FreePositions(nnx.Module):
           Means and sigmas [*B, num_heads, R, k, 1], values of 1. A mean may lie outside of the
           index space, on the side on which a point at the border is near.
         """
-        raw_means, raw_sigmas = raw[..., :1], raw[..., 1]
-        distance = transform_means(raw_means, (self.size,))
+        distances, sigmas = self._distances(raw)
+        rows = rows.astype(raw.dtype).reshape((1,) * (raw.ndim - 3) + (-1, 1, 1))
+        return IndexTuples(rows - distances, sigmas, jnp.ones_like(raw[..., 1]))
+
+    def _distances(self, raw):
+        """Distances and sigmas [*B, k, 1] of raw positions [*B, k, 2]."""
+        distances = transform_means(raw[..., :1], (self.size,))
         if not self.causal:
-            distance = 2 * distance - (self.size - 1)
-        rows = rows.astype(raw.dtype).reshape((1,) * (distance.ndim - 3) + (-1, 1, 1))
-        sigmas = transform_sigmas(raw_sigmas, (self.size,), minimum=self.min_sigma)
-        return IndexTuples(rows - distance, sigmas, jnp.ones_like(raw_sigmas))
+            distances = 2 * distances - (self.size - 1)
+        return distances, transform_sigmas(raw[..., 1], (self.size,), minimum=self.min_sigma)
 
 
 class LearnedPositions(nnx.Module):
