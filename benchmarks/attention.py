@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.timing import Contender, compare, main, value_and_gradients
+from benchmarks.timing import Contender, compare, interleave, main, prepare, value_and_gradients
 from hyperlayer_jax import kernels
 from hyperlayer_jax.nn import SparseSelfAttention
 
@@ -32,6 +32,7 @@ def cases() -> Iterator[dict[str, Any] | str]:
     on_cpu = jax.default_backend() == "cpu"
     heads, dtype = (4, jnp.float32) if on_cpu else (8, jnp.bfloat16)
     longest = _MAX_LENGTH[jax.default_backend()]
+    module_lengths = _powers_of_2(_MAX_MODULE_LENGTH[jax.default_backend()])
 
     def at_all_lengths():
         for length in _powers_of_2(longest):
@@ -39,28 +40,21 @@ def cases() -> Iterator[dict[str, Any] | str]:
             q = q * jnp.asarray(_WIDTH**-0.5, dtype)
             for name in ("gathered", "block"):
                 yield from _compare(name, q, k, v)
-        for length in _powers_of_2(_MAX_MODULE_LENGTH[jax.default_backend()]):
+        for length in module_lengths:
             yield from _compare_modules(heads, length, dtype)
 
-    ahead, modules = {}, {}
+    ahead = {}
     for case in at_all_lengths():
         yield case
         name, length = case["name"].split(" t=")
         if case["speedup"] is not None:
             ahead.setdefault((name, case["rival"]), {})[int(length)] = case["speedup"] > 1
-        if name == _MODULE:
-            modules.setdefault(int(length), case)
     for (name, rival), faster in ahead.items():
         behind = max((length for length, ours in faster.items() if not ours), default=0)
         after = [length for length in faster if length > behind]
         where = f"from t = {min(after)}" if after else f"nowhere up to t = {behind}"
         yield f"{name}: faster than {rival} {where}"
-    # Beside the first of the rivals, which is there at all lengths.
-    for key, unit, factor in (("ms", "us", 1e3), ("temporary_mb", "kB", 1e3)):
-        each = {length: factor * case[key] / length for length, case in modules.items()}
-        figures = ", ".join(f"{x:.3g} at {length}" for length, x in each.items())
-        spread = max(each.values()) / min(each.values())
-        yield f"{_MODULE}: {unit} per token {figures} (within {spread:.2f}x)"
+    yield from _costs_per_token(heads, module_lengths, dtype)
 
 
 def _powers_of_2(longest):
@@ -73,34 +67,52 @@ def _compare_modules(heads, length, dtype):
     Dense attention is left out where it would hold too much. The difference is that of the compiled
     layer from the same layer run operation by operation.
     """
-    kinds = ["learned", "window"]
-    if length <= _MAX_PLAIN_LENGTH // 2:
-        kinds.append("dense")
-    features = heads * _WIDTH
-    x = jax.random.normal(jax.random.key(0), (1, length, features), dtype)
-    contenders = {}
-    for kind in kinds:
-        layer = SparseSelfAttention(
-            features, heads, length, pattern=kind, num_tuples=4, num_global=4, num_local=2,
-            dtype=dtype, rngs=nnx.Rngs(0),
-        )  # fmt: skip
-        graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
-
-        def run(params, rest, x, graphdef=graphdef):
-            return nnx.merge(graphdef, params, rest, copy=True)(x)
-
-        name = _MODULE if kind == "learned" else f"{kind} module"
-        contenders[name] = Contender(value_and_gradients(run, 0, 2), (params, rest, x))
-        if kind == "learned":
-            eager = run(params, rest, x)
+    layer = _module("learned", heads, length, dtype)
+    eager = layer.function(*layer.arguments)
+    kinds = ["window", "dense"] if length <= _MAX_PLAIN_LENGTH // 2 else ["window"]
     # One rival at a time: gigabytes that dense attention has just given back slow down its peers.
-    ours, *rivals = contenders
-    for rival in rivals:
+    for kind in kinds:
         yield from compare(
             f"{_MODULE} t={length}",
-            {name: contenders[name] for name in (ours, rival)},
+            {
+                _MODULE: _with_gradients(layer, 0, 2),
+                f"{kind} module": _with_gradients(_module(kind, heads, length, dtype), 0, 2),
+            },
             reference=lambda result: float(jnp.abs(result[0] - eager).astype(jnp.float32).max()),
         )
+
+
+def _module(kind, heads, length, dtype):
+    features = heads * _WIDTH
+    layer = SparseSelfAttention(
+        features, heads, length, pattern=kind, num_tuples=4, num_global=4, num_local=2,
+        dtype=dtype, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def run(params, rest, x):
+        return nnx.merge(graphdef, params, rest, copy=True)(x)
+
+    x = jax.random.normal(jax.random.key(0), (1, length, features), dtype)
+    return Contender(run, (params, rest, x))
+
+
+def _with_gradients(contender, *positions):
+    return Contender(value_and_gradients(contender.function, *positions), contender.arguments)
+
+
+def _costs_per_token(heads, lengths, dtype):
+    """Time and memory of a token in learned layers of all lengths, whose runs take turns."""
+    runs, spent = {}, {}
+    for length in lengths:
+        layer = _module("learned", heads, length, dtype)
+        runs[length], spent[length] = prepare(_with_gradients(layer, 0, 2))
+    us = {length: 1e6 * seconds / length for length, seconds in interleave(runs).items()}
+    kb = {length: 1e3 * spent[length]["temporary_mb"] / length for length in lengths}
+    for unit, each in (("us", us), ("kB", kb)):
+        figures = ", ".join(f"{x:.3g} at {length}" for length, x in each.items())
+        spread = max(each.values()) / min(each.values())
+        yield f"{_MODULE}: {unit} per token {figures} (within {spread:.2f}x)"
 
 
 def _compare(name, q, k, v):
@@ -137,9 +149,7 @@ def _compare(name, q, k, v):
         contenders |= {label: Contender(rival, dense_operands) for label, rival in rivals.items()}
         if factor > 1:
             contenders = {
-                label: Contender(
-                    value_and_gradients(c.function, *(0, 1, 2, 4)[: len(c.arguments)]), c.arguments
-                )
+                label: _with_gradients(c, *(0, 1, 2, 4)[: len(c.arguments)])
                 for label, c in contenders.items()
             }
         yield from compare(

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-_BUDGET_SECONDS = 4.0
+_SECONDS_PER_RUN = 2.0
 _MAX_ROUNDS = 15
 _BATCH_SECONDS = 0.005
 _MAX_BATCH = 20
@@ -77,7 +77,7 @@ def compare(
     runs, results, spent = {}, {}, {}
     for label, contender in contenders.items():
         try:
-            runs[label], spent[label] = _prepare(contender)
+            runs[label], spent[label] = prepare(contender)
             results[label] = jax.block_until_ready(runs[label](0))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -114,8 +114,11 @@ def compare(
         }
 
 
-def _prepare(contender):
-    """A function of the round that runs the contender, and what its compilation took."""
+def prepare(contender: Contender) -> tuple[Callable[[int], Any], dict[str, float]]:
+    """A function of the round that runs the contender, and what it took to compile it.
+
+    The latter is `compile_ms`, and `temporary_mb`, the most memory beside arguments and results.
+    """
     if contender.on_host:
         return lambda _: contender.function(*contender.arguments), {}
     start = time.perf_counter()
@@ -132,7 +135,7 @@ def _prepare(contender):
     return lambda n: compiled(*arguments[n % copies]), spent
 
 
-def interleave(runs):
+def interleave(runs: dict[Any, Callable[[int], Any]]) -> dict[Any, float]:
     """Median seconds of each run, all taking turns."""
 
     def batch(run, size):
@@ -146,7 +149,8 @@ def interleave(runs):
         for label, seconds in once.items()
     }
     round_seconds = sum(once[label] * sizes[label] for label in runs)
-    rounds = min(_MAX_ROUNDS, max(3, int(_BUDGET_SECONDS / round_seconds)))
+    budget = _SECONDS_PER_RUN * len(runs)
+    rounds = min(_MAX_ROUNDS, max(3, int(budget / round_seconds)))
     times = {label: [] for label in runs}
     for _ in range(rounds):
         for label, run in runs.items():
