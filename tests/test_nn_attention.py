@@ -129,6 +129,14 @@ def test_a_cache_gives_what_the_whole_sequence_gives(kind, shared):
     assert_close(jnp.concatenate(outs, 1), call(layer, x))
 
 
+def test_a_cache_is_of_the_dtype_of_the_computation():
+    layer = nnx.view(build("learned", dtype=jnp.bfloat16), deterministic=True)
+    x = tokens(jnp.bfloat16)
+    out, cache = layer.extend(x, layer.init_cache(B))
+    assert out.dtype == cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    assert_close(out, layer(x))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_every_param(kind, dtype):
@@ -149,19 +157,52 @@ def test_gradients_reach_every_param(kind, dtype):
         assert np.asarray(leaf[...]).any(), path
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_that_do_not_exist_change_nothing(kind):
-    layer = build(kind, causal=False)
-    graphdef, state = nnx.split(layer)
-    forward = jax.jit(lambda x, mask: nnx.merge(graphdef, state, copy=True)(x, mask=mask))
+def test_tokens_that_do_not_exist_change_nothing(kind, causal):
+    """Nor do they make a gradient, of tokens and of parameters, that is not finite."""
+    graphdef, params, rest = nnx.split(build(kind, causal=causal), nnx.Param, ...)
+
+    @jax.jit
+    def run(x, mask):
+        def forward(params, x):
+            return nnx.merge(graphdef, params, rest, copy=True)(x, mask=mask)
+
+        out, vjp = jax.vjp(forward, params, x)
+        return out, vjp(2 * out)
+
     x = tokens()
-    mask = jnp.ones((B, T), bool).at[0, 6:].set(False).at[1, :].set(False)
-    out = forward(x, mask)
-    assert_equal(out, forward(jnp.where(mask[..., None], x, 7.0), mask))
+    # Of the second block of four, only the second token exists; of the other example, none.
+    mask = jnp.ones((B, T), bool).at[0, 3:5].set(False).at[0, 6:].set(False).at[1, :].set(False)
+    out, (param_gradients, grad) = run(x, mask)
+    assert_equal(out, run(jnp.where(mask[..., None], x, 7.0), mask)[0])
     assert not np.asarray(out)[~np.asarray(mask)].any()
-    grad = jax.grad(lambda x: (forward(x, mask) ** 2).sum())(x)
-    assert np.isfinite(np.asarray(grad)).all()
+    assert np.asarray(out)[np.asarray(mask)].any()
+    for leaf in jax.tree.leaves((param_gradients, grad)):
+        assert np.isfinite(np.asarray(leaf)).all()
     assert not np.asarray(grad)[~np.asarray(mask)].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_gives_what_the_shorter_sequence_gives(kind):
+    layer = nnx.view(build(kind), deterministic=True)
+    x, short = tokens(), 7
+    mask = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None] < short, (B, T))
+    assert_close(call(layer, x, mask)[:, :short], call(layer, x[:, :short]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_entries_that_are_free_are_the_same_for_any_number_of_tokens(causal):
+    layer = nnx.view(build("learned2d", causal=causal), deterministic=True)
+    x = jnp.pad(tokens(), [(0, 0), (0, LENGTH - T), (0, 0)])
+    part, whole = (hl.todense(layer.pattern(y)) for y in (x[:, :T], x))
+    assert_close(part, whole[..., :T, :T])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_over_all_tokens_is_dense_attention(causal):
+    window, dense = (build(kind, window=2 * T, causal=causal) for kind in ("window", "dense"))
+    assert_close(call(window, tokens()), call(dense, tokens()))
 
 
 @pytest.mark.parametrize("kind", ["learned", "static", "block"])
@@ -261,6 +302,8 @@ def test_logits_of_turned_vectors_depend_on_the_distance_alone():
         ({"features": 12}, "rotary"),
         ({"num_tuples": 0}, "num_tuples"),
         ({"window": -1}, "window"),
+        ({"num_kv_heads": 0}, "num_kv_heads"),
+        ({"min_sigma": -1.0}, "min_sigma"),
     ],
 )
 def test_a_wrong_option_is_named(options, message):
@@ -273,6 +316,8 @@ def test_wrong_inputs_are_named():
     layer = build("window")
     with pytest.raises(ValueError, match="x: "):
         layer(jnp.zeros((B, LENGTH + 1, E)))
+    with pytest.raises(ValueError, match=rf"x: got .* want .* {E}"):
+        layer(jnp.zeros((B, T, 2 * E)))
     with pytest.raises(ValueError, match="mask: "):
         layer(tokens(), mask=jnp.ones((B, T + 1), bool))
     with pytest.raises(ValueError, match="causal"):
@@ -316,6 +361,17 @@ def test_a_temperature_draws_by_key():
     first, again, other = (draw(jax.random.key(seed)) for seed in (0, 0, 1))
     assert_equal(first, again)
     assert (np.asarray(first) != np.asarray(other)).any()
+
+
+def test_a_second_text_is_not_compiled_anew(monkeypatch):
+    calls, extend = [], TransformerLM.extend
+    monkeypatch.setattr(TransformerLM, "extend", lambda *args: calls.append(1) or extend(*args))
+    model, prompt = language_model("w"), jnp.zeros((1, 2), jnp.int32)
+    texts = [generate(jax.random.key(0), model, prompt, num_tokens=3)]
+    traced = len(calls)
+    texts.append(generate(jax.random.key(0), model, prompt, num_tokens=3))
+    assert traced and len(calls) == traced
+    assert_equal(*texts)
 
 
 @pytest.mark.parametrize(

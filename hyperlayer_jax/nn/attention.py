@@ -49,17 +49,20 @@ class SparseSelfAttention(nnx.Module):
     Around each position there are its two neighbours, `num_global` points of all and `num_local`
     near it, so that a token attends to at most (2 + `num_global` + `num_local`) `num_tuples` keys.
     In training the points are drawn, and their weights carry gradients; where deterministic, they
-    are fixed by the mean and sigma. The cost of both grows linearly with the length, for all
+    are fixed by the mean and sigma. Either way the cost grows linearly with the length, for all
     patterns but "dense":
 
     - "learned": a small network reads the token, its place and the mean of all tokens up to it (of
       all tokens where not causal), and says how far away to look, and how widely.
     - "static": distances that are parameters, the same for every token.
-    - "learned2d": rows and columns of the attention matrix are both parameters.
+    - "learned2d": rows and columns of the attention matrix are both parameters: of `num_tuples`
+      entries for each of its `max_length` rows, free to leave that row. Costs as much as
+      `max_length` tokens however few there are, and so for each call of `extend`.
     - "strided": "learned", for one token in every `stride`; the others see only themselves.
     - "window": the last `window` tokens, or those around where not causal.
     - "block": "learned" on a coarser grid: every `block` consecutive tokens attend to their own
-      block and to `num_tuples` learned ones of the same size, which no unit gathers key by key.
+      block and to those around `num_tuples` learned places, at most 1 + (2 + `num_global` +
+      `num_local`) `num_tuples` blocks. Keys are read by the block, as matrix units want them.
     - "dense": all tokens, by `jax.nn.dot_product_attention`.
     """
 
@@ -101,7 +104,7 @@ class SparseSelfAttention(nnx.Module):
             Gaussian.
           num_local: points per tuple drawn from its region; deterministic, spread evenly over it.
           region: positions around a mean that count as near.
-          min_sigma: the smallest sigma, in positions.
+          min_sigma: the smallest sigma >= 0, in positions.
           window: the tokens that "window" sees.
           stride: one token in so many looks back in "strided".
           block: tokens in a block of "block".
@@ -109,7 +112,8 @@ class SparseSelfAttention(nnx.Module):
           rotary: turns queries and keys by their position, so that logits can tell distances. They
             then find the right one among sampled points by themselves, and leave a learned position
             that is nearly right without a gradient (docs/offset.md).
-          dtype: of the computation; that of the input where None. Positions are always float32.
+          dtype: of the computation; where None, what the input and float32 parameters promote to.
+            Positions are always float32.
           deterministic: takes fixed points instead of drawing them; for evaluation,
             `nnx.view(model, deterministic=True)`.
           rngs: the streams `params` and `sample`.
@@ -117,14 +121,16 @@ class SparseSelfAttention(nnx.Module):
         Raises:
           ValueError: a size is out of range or does not divide another, or `pattern` is unknown.
         """
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, size in (
             ("features", features), ("num_heads", num_heads), ("max_length", max_length),
             ("num_tuples", num_tuples), ("region", region), ("window", window),
-            ("stride", stride), ("block", block), ("num_kv_heads", num_kv_heads or num_heads),
+            ("stride", stride), ("block", block), ("num_kv_heads", num_kv_heads),
         ):  # fmt: skip
             if checks.check_count(name, size) == 0:
                 raise ValueError(f"{name}: got 0, want an int >= 1")
-        num_kv_heads = num_kv_heads or num_heads
+        if not min_sigma >= 0:
+            raise ValueError(f"min_sigma: got {min_sigma}, want >= 0")
         if pattern not in typing.get_args(Pattern):
             names = ", ".join(map(repr, typing.get_args(Pattern)))
             raise ValueError(f"pattern: got {pattern!r}, want one of {names}")
@@ -230,12 +236,11 @@ class SparseSelfAttention(nnx.Module):
         self._check(x, mask)
         return self._pattern(x, mask)
 
-    def init_cache(self, batch: int, dtype: jnp.dtype = jnp.float32) -> AttentionCache:
+    def init_cache(self, batch: int) -> AttentionCache:
         """An empty cache for `extend`.
 
         Args:
           batch: B, how many sequences of up to max_length tokens.
-          dtype: of keys and values, that of the computation.
 
         Returns:
           A cache of length 0.
@@ -246,15 +251,14 @@ class SparseSelfAttention(nnx.Module):
         if not self.causal:
             raise ValueError("causal: got False, want a causal layer for a cache")
         shape = (batch, self.max_length, self.num_kv_heads, self.head_features)
+        keys, values = (jnp.zeros(shape, self.dtype or jnp.float32) for _ in range(2))
         others = raw = None
         if isinstance(self.positions, LearnedPositions):
             others = jnp.zeros((batch, HIDDEN))
         if self.kind == "block":
             heads, tuples, _ = self.positions.free.parameters.shape
             raw = jnp.zeros((batch, heads, self.size, tuples, 2))
-        return AttentionCache(
-            jnp.zeros((), jnp.int32), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), others, raw
-        )
+        return AttentionCache(jnp.zeros((), jnp.int32), keys, values, others, raw)
 
     def extend(self, x: jax.Array, cache: AttentionCache) -> tuple[jax.Array, AttentionCache]:
         """Maps the tokens that follow those in the cache, as `__call__` maps the whole sequence.
@@ -287,7 +291,7 @@ class SparseSelfAttention(nnx.Module):
             out = jax.nn.dot_product_attention(query, keys, values, mask=seen[None, None])
         else:
             if self.kind == "learned2d":
-                pattern = self._entries(rows, len(x), self.max_length, None)
+                pattern = self._entries(rows, len(x), self.max_length)
             elif self.kind == "block":
                 raw, pattern = self._cached_blocks(x, others, rows, raw)
             else:
@@ -310,9 +314,11 @@ class SparseSelfAttention(nnx.Module):
 
     def _check(self, x, mask):
         checks.check_float("x", x, 3, "[B, T, E]")
-        if x.ndim != 3 or not 1 <= x.shape[1] <= self.max_length:
+        features = self.project.in_features
+        if x.ndim != 3 or not 1 <= x.shape[1] <= self.max_length or x.shape[2] != features:
             raise ValueError(
-                f"x: got shape {x.shape}, want [B, T, E] with T from 1 to {self.max_length}"
+                f"x: got shape {x.shape}, want [B, T, {features}] with T from 1 to "
+                f"{self.max_length}"
             )
         if mask is not None:
             checks.check_mask("mask", mask, x.shape[:2])
@@ -324,13 +330,19 @@ class SparseSelfAttention(nnx.Module):
         if self.kind == "dense" or (self.kind == "strided" and length < self.stride):
             return None
         if self.kind == "learned2d":
-            return self._entries(rows, len(x), length, mask)
+            return self._entries(rows, len(x), length)
         others = self._others(x, mask)
         if self.kind == "block":
-            first = np.s_[:, :: self.block]
+            first, exists = np.s_[:, :: self.block], None
+            if mask is not None:
+                # A block begins with a token that need not exist, and may have others that do.
+                x = jnp.where(mask[..., None], x, 0)
+                exists = jnp.pad(mask, [(0, 0), (0, -length % self.block)])
+                exists = exists.reshape(len(x), -1, self.block).any(-1)
             x, others = x[first], others[first]
             rows = rows[: x.shape[1]]
-            blocks, weights = self._blocks(self.positions.raw(x, others, rows), rows, rows.size)
+            raw = self.positions.raw(x, others, rows)
+            blocks, weights = self._blocks(raw, rows, rows.size, exists)
             return RowSparseTensor(blocks[..., None], weights, (rows.size,), (rows.size,))
         if self.kind == "strided":
             looks_back = np.s_[self.stride - 1 :: self.stride]
@@ -353,10 +365,11 @@ class SparseSelfAttention(nnx.Module):
     def _in_window(self, query, key, value, mask):
         """Attention of "window": dense attention of short blocks to their neighbourhood."""
         batch, length = query.shape[:2]
-        size = self.window
+        size = min(self.window, length)
         exists = jnp.ones((batch, length), bool) if mask is None else mask
-        before, behind = size, 0 if self.causal else size
         num_blocks = -(-length // size)
+        before = size if num_blocks > 1 else 0
+        behind = 0 if self.causal else before
 
         def blocks(x, before=0, behind=0):
             pad = [(0, 0), (before, num_blocks * size - length + behind)]
@@ -371,7 +384,7 @@ class SparseSelfAttention(nnx.Module):
 
         seen, key, value = (blocks(x, before, behind) for x in (exists, key, value))
         place = np.arange(seen.shape[1]) - before - np.arange(size)[:, None]
-        band = (place >= -self.back) & (place < size - self.back)
+        band = (place >= -self.back) & (place < self.window - self.back)
         out = jax.nn.dot_product_attention(
             blocks(query), key, value, mask=seen[:, None, None] & band[None, None]
         )
@@ -414,33 +427,37 @@ class SparseSelfAttention(nnx.Module):
         indices, weights = self._points(free.tuples(raw, rows), length, visible)
         return RowSparseTensor(indices, weights, (rows.size,), (length,))
 
-    def _entries(self, rows, batch, length, mask):
-        """The pattern "learned2d" of tokens at consecutive int32 `rows` [R], over `length` keys."""
+    def _entries(self, rows, batch, length):
+        """The pattern "learned2d" of tokens at consecutive int32 `rows` [R], over `length` keys.
+
+        Points beyond the tokens that there are take their shares with them, to no effect: what a
+        token sees is the same however many there are. So it is with padding.
+        """
         tuples = self.positions.tuples()
         tuples = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), tuples)
 
-        def visible(indices):
-            row, column = indices[..., 0], indices[..., 1]
-            exists = column < length
-            if mask is not None:
-                exists &= at_keys(mask, column)
-            if self.causal:
-                # Rows to come keep their shares: what a token sees is the same however many follow.
-                return (column <= row) & (exists | (column >= length))
-            return exists & (row < length)
+        def past(indices):
+            return indices[..., 1] <= indices[..., 0]
 
-        indices, weights = self._points(tuples, self.size, visible)
+        indices, weights = self._points(tuples, self.size, past if self.causal else None)
         indices = indices.at[..., 0].add(-rows[0])
+        end = jnp.asarray([rows.size, length], jnp.int32).reshape((1,) * weights.ndim + (2,))
+        weights = jnp.where(((indices >= 0) & (indices < end)).all(-1), weights, 0)
+        indices = jnp.clip(indices, 0, end - 1)
         leading, n = weights.shape[:-2], weights.shape[-2] * weights.shape[-1]
         indices, weights = indices.reshape(*leading, n, 2), weights.reshape(*leading, n)
         return SparseTensor(indices, weights, (rows.size,), (length,))
 
-    def _blocks(self, raw, rows, size):
-        """Of blocks at int32 `rows` [R]: their own block and learned ones, among `size`."""
+    def _blocks(self, raw, rows, size, exists):
+        """Of blocks at int32 `rows` [R]: their own block and learned ones, among `size`.
+
+        Those of which no token exists are hidden by `exists` bool [B, R], if it is not None.
+        """
 
         def visible(indices):
-            own = rows[None, None, :, None]
-            return indices[..., 0] < own if self.causal else indices[..., 0] != own
+            own, columns = rows[None, None, :, None], indices[..., 0]
+            seen = columns < own if self.causal else columns != own
+            return seen if exists is None else seen & at_keys(exists, columns)
 
         indices, weights = self._points(self.positions.free.tuples(raw, rows), size, visible)
         own = rows.reshape((1,) * (weights.ndim - 2) + (-1, 1))
@@ -453,7 +470,7 @@ class SparseSelfAttention(nnx.Module):
         own = rows // self.block
         begins = jnp.where(rows % self.block == 0, own, self.size)
         raw = raw.at[:, :, begins].set(self.positions.raw(x, others, own), mode="drop")
-        blocks, weights = self._blocks(raw[:, :, own], own, self.size)
+        blocks, weights = self._blocks(raw[:, :, own], own, self.size, None)
         within = jnp.arange(self.block, dtype=jnp.int32).reshape((1,) * blocks.ndim + (-1,))
         columns = (blocks[..., None] * self.block + within).reshape(*blocks.shape[:-1], -1)
         weights = jnp.repeat(weights, self.block, axis=-1)

@@ -1,7 +1,8 @@
-"""Hypernetworks of attention: where to look, relative to the token that looks.
+"""Hypernetworks of attention: where to look, and how widely.
 
-Each is made for an index space of `size` positions (tokens, or blocks of them), and says for each
-of `num_heads` heads and `num_tuples` tuples how far away to look, and how widely.
+Each is made for an index space of `size` positions (tokens, or blocks of them), and emits
+`num_tuples` tuples for each of `num_heads` heads and each position: how far away from it to look,
+or in `FreeEntries` which row and column of the attention matrix.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,6 @@
 """A language model that mixes kinds of attention, layer by layer."""
 
+import functools
 import typing
 from collections.abc import Callable
 from typing import Literal
@@ -76,7 +77,6 @@ class TransformerLM(nnx.Module):
         if positions not in typing.get_args(Positions):
             names = ", ".join(map(repr, typing.get_args(Positions)))
             raise ValueError(f"positions: got {positions!r}, want one of {names}")
-        self.dtype = dtype or jnp.float32
         self.max_length = checks.check_count("max_length", max_length)
         self.embed = nnx.Embed(num_tokens, features, dtype=dtype, rngs=rngs)
         self.places = nnx.data(None)
@@ -136,7 +136,7 @@ class TransformerLM(nnx.Module):
 
     def init_cache(self, batch: int) -> list[AttentionCache]:
         """An empty cache for `extend`, for sequences of up to max_length tokens."""
-        return [block.attention.init_cache(batch, self.dtype) for block in self.blocks]
+        return [block.attention.init_cache(batch) for block in self.blocks]
 
     def extend(
         self, tokens: jax.Array, cache: list[AttentionCache]
@@ -210,7 +210,7 @@ def generate(
 
     Args:
       key: a PRNG key.
-      model: deterministic (`nnx.view(model, deterministic=True)`).
+      model: taken as deterministic.
       prompt: int32 [B, T], T >= 1.
       num_tokens: how many tokens to add; with the prompt, at most max_length of the model.
       temperature: logits are divided by it; 0 takes the likeliest token.
@@ -229,25 +229,24 @@ def generate(
         )
     if not temperature >= 0:
         raise ValueError(f"temperature: got {temperature}, want >= 0")
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(nnx.view(model, deterministic=True))
+    return _generate(graphdef, float(temperature), state, prompt, jax.random.split(key, num_tokens))
 
-    def draw(key, logits):
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(graphdef, temperature, state, prompt, keys):
+    def extend(tokens, cache):
+        logits, cache = nnx.merge(graphdef, state, copy=True).extend(tokens, cache)
+        return logits[:, -1], cache
+
+    def step(carry, key):
+        logits, cache = carry
         if temperature == 0:
-            return logits.argmax(-1).astype(jnp.int32)
-        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+            token = logits.argmax(-1).astype(jnp.int32)
+        else:
+            token = jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+        return extend(token[:, None], cache), token
 
-    @jax.jit
-    def run(state, prompt, keys):
-        def extend(tokens, cache):
-            logits, cache = nnx.merge(graphdef, state, copy=True).extend(tokens, cache)
-            return logits[:, -1], cache
-
-        def step(carry, key):
-            token = draw(key, carry[0])
-            return extend(token[:, None], carry[1]), token
-
-        cache = nnx.merge(graphdef, state, copy=True).init_cache(len(prompt))
-        _, tokens = jax.lax.scan(step, extend(prompt, cache), keys)
-        return jnp.moveaxis(tokens, 0, 1)
-
-    return run(state, prompt, jax.random.split(key, num_tokens))
+    cache = nnx.merge(graphdef, state, copy=True).init_cache(len(prompt))
+    _, tokens = jax.lax.scan(step, extend(prompt, cache), keys)
+    return jnp.moveaxis(tokens, 0, 1)
