@@ -118,6 +118,7 @@ class Builder:
 
     def __init__(self, prepared, folder):
         self.prepared, self.data_dir = prepared, folder
+        self.info = types.SimpleNamespace(features=["image", "label"], splits=["train", "test"])
 
     def is_prepared(self):
         return self.prepared

@@ -97,14 +97,15 @@ def test_ctrl_c_before_the_first_step_leaves_at_once(tmp_path):
         ("--optimizer=sgd", "--optimizer=sgd needs --clip"),
         ("--noisy=maybe", "noisy"),
         ("--setps=3", "setps"),
-        ("--workdir=taken", "taken holds a run already"),
+        ("--workdir=taken", "taken is not empty"),
+        ("--seed=4294967296", "--seed must be below 4294967296"),
         ("100", "100"),
     ],
 )
 def test_wrong_flag_is_one_line(argument, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "metrics.jsonl").touch()
+    (tmp_path / "taken" / "mine").touch()
     with pytest.raises(SystemExit) as stop:
         launch(monkeypatch, argument)
     captured = capsys.readouterr()

@@ -1,5 +1,10 @@
 """Texts: how they are found and split, and the models that count."""
 
+import gzip
+import sys
+import types
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -33,15 +38,65 @@ def test_the_standard_library_is_there():
     assert b"import" in corpus.test.tobytes()
 
 
-@pytest.mark.parametrize("name", ["nowhere.txt", "/no/such/folder"])
+def test_a_gzipped_file_is_unpacked(tmp_path):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"to be or not to be" * 10))
+    assert text.load(str(tmp_path / "a.gz")).train.tobytes().startswith(b"to be or not")
+
+
+def test_a_zip_file_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "enwik8.zip", "w") as archive:
+        archive.writestr("enwik8", "to be or not to be")
+    with pytest.raises(data.DataError, match="is a zip file"):
+        text.load(str(tmp_path / "enwik8.zip"))
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "/no/such/folder", "Book", "", "../nowhere"])
 def test_a_missing_text_is_named(name):
-    with pytest.raises(data.DataError, match=f"--corpus={name}"):
+    with pytest.raises(data.DataError, match=f"--corpus={name}: there is no such file or folder"):
         text.load(name)
+
+
+def test_a_name_may_be_of_tensorflow_datasets(monkeypatch):
+    texts = [f"{i} or not {i}\n".encode() for i in range(100)]
+    info = types.SimpleNamespace(features=["id", "text"], splits=["train"])
+    builder = types.SimpleNamespace(
+        info=info,
+        data_dir="somewhere",
+        is_prepared=lambda: True,
+        as_data_source=lambda split: [{"text": text} for text in texts],
+    )
+    module = types.SimpleNamespace(builder=lambda *_, **__: builder)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+    corpus = text.load("lm/small:1.0.0")
+    assert b"".join(part.tobytes() for part in corpus[:3]) == b"\n".join(texts)
+    info.splits = ["test"]
+    with pytest.raises(data.DataError, match=r"--corpus=lm .*splits train: .* there, test"):
+        text.load("lm")
+    info.features = ["image", "label"]
+    with pytest.raises(data.DataError, match=r"--corpus=lm .*features text: .* image, label"):
+        text.load("lm")
+
+
+def test_a_set_that_cannot_be_prepared_is_an_error(monkeypatch):
+    def refuse():
+        raise AssertionError("download it yourself")
+
+    builder = types.SimpleNamespace(
+        info=types.SimpleNamespace(features=["text"], splits=["train"]),
+        data_dir="somewhere",
+        is_prepared=lambda: False,
+        download_and_prepare=refuse,
+    )
+    module = types.SimpleNamespace(builder=lambda *_, **__: builder)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+    monkeypatch.setattr(data, "_why_not_to_prepare", lambda: None)
+    with pytest.raises(data.DataError, match=r"--corpus=lm .* prepared: .*download it yourself"):
+        text.load("lm")
 
 
 def test_an_empty_text_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"")
-    with pytest.raises(data.DataError, match="found no text"):
+    with pytest.raises(data.DataError, match="0 bytes of text"):
         text.load(str(tmp_path / "a.txt"))
 
 

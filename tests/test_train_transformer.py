@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -49,13 +50,65 @@ def test_trains_evaluates_and_leaves_its_files(tmp_path, corpus, options):
 
 
 @pytest.mark.slow
-def test_finds_an_offset_that_it_is_not_told(tmp_path):
-    config = transformer.Config(task="offset", offset=6, length=16, num_global=4, steps=250)
+def test_learns_a_text(tmp_path, corpus):
+    options = {"layers": "wl", "steps": 150, "learning_rate": 0.02, "length": 32}
+    config = transformer.Config(**(SMALL | options), corpus=corpus)
     result = transformer.train_and_evaluate(config, tmp_path)
-    # Not knowing where to look costs log 64 = 4.16.
-    assert result["loss"] < 0.5
-    assert {"solved_at", "steady", "steps", "test_examples"} <= set(result)
+    assert result["bits_per_byte"] < result["unigram"] - 1
+
+
+@pytest.mark.slow
+def test_finds_an_offset_that_it_is_not_told(tmp_path):
+    config = transformer.Config(task="offset", offset=6, length=16, num_global=4, steps=800)
+    result = transformer.train_and_evaluate(config, tmp_path)
+    assert result["solved_at"] < 800 and result["steady"] == 1
+    assert result["loss"] < 0.001
+    assert {"steps", "test_examples"} <= set(result)
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("losses", "solved"),
+    [
+        ([4.0, 0.1, 0.002], (None, None)),
+        ([4.0, 0.1, 0.0009], (100, None)),
+        ([4.0, 0.0009, 0.0008], (50, 1.0)),
+        ([4.0, 0.0009, 0.1, 0.0008, 0.0007], (50, 2 / 3)),
+    ],
+)
+def test_solved_is_the_first_low_loss(losses, solved):
+    assert transformer.when_solved(dict(zip(range(0, 250, 50), losses, strict=False))) == solved
+
+
+def test_pictures_show_the_largest_weight_of_each_square():
+    weights = np.zeros((600, 600), np.float32)
+    weights[599, 0] = 1
+    shown, sizes = transformer._squares(weights)
+    assert shown.shape == (200, 200) and sizes == [3, 3]
+    assert shown[199, 0] == 1 and shown.sum() == 1
+
+
+def test_the_step_size_warms_up_and_long_gradients_are_clipped():
+    config = transformer.Config(layers="s", length=16, warmup=4, steps=20, learning_rate=0.5)
+    model = transformer.make_model(config)
+    params = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+    optimizer = transformer.make_optimizer(config, model)
+
+    def steps(scales):
+        state = optimizer.init(params)
+        for scale in scales:
+            gradient = jax.tree.map(lambda x, scale=scale: jnp.full_like(x, scale), params)
+            updates, state = optimizer.update(gradient, state, params)
+            yield float(jnp.abs(jax.tree.leaves(updates)[0]).max())
+
+    with jax.numpy_dtype_promotion("standard"):
+        # Adam's step for a gradient that stays is as long as its step size.
+        np.testing.assert_allclose(
+            list(steps([1.0] * 5)), [0, 0.125, 0.25, 0.375, 0.5], rtol=0.01, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            list(steps([1.0, 1.0, 1e3, 1e3, 1.0])), list(steps([1.0] * 5)), rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(("task", "shorter"), [("text", False), ("offset", True)])

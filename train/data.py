@@ -9,6 +9,7 @@ import pathlib
 import socket
 import typing
 import zlib
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -95,18 +96,31 @@ def _hold_out(fit: Split, test: Split, source: object) -> Dataset:
     return Dataset(train, validation, test)
 
 
-def open_tfds(name: str, data_dir: str | None, *, flag: str, otherwise: str = "") -> Any:
-    """A builder of tensorflow-datasets whose set is prepared, if need be now.
+def open_tfds(
+    name: str,
+    data_dir: str | None,
+    *,
+    features: Iterable[str],
+    splits: Iterable[str],
+    flag: str,
+    otherwise: str = "",
+) -> list[Sequence[dict[str, Any]]]:
+    """Examples of splits of a set of tensorflow-datasets, which is prepared first if need be.
 
     Args:
       name: of the set.
       data_dir: where sets are; their own folder where None.
+      features: what examples must have.
+      splits: names of parts of the set.
       flag: that asked for it, to begin an error with.
       otherwise: what else the user could do, to end an error with.
 
+    Returns:
+      For each split its examples.
+
     Raises:
-      DataError: it is not installed, has no such set, or cannot prepare it; at once, not after
-        minutes of trying.
+      DataError: it is not installed, has no such set, feature or split, or cannot prepare the set;
+        at once where that can be known, not after minutes of trying.
     """
     try:
         import tensorflow_datasets as tfds  # noqa: PLC0415, an extra of ours
@@ -120,18 +134,35 @@ def open_tfds(name: str, data_dir: str | None, *, flag: str, otherwise: str = ""
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise DataError(f"{flag}: {str(error).splitlines()[0]}{otherwise}") from error
+    _require(f"{flag}: features", features, builder.info.features)
     if not builder.is_prepared():
         problem = _why_not_to_prepare()
         if problem:
             raise DataError(f"{flag} is not in {builder.data_dir}: {problem}{otherwise}")
-        builder.download_and_prepare()
-    return builder
+        try:
+            builder.download_and_prepare()
+        except Exception as error:  # Whatever the code of one of a thousand sets may raise.
+            raise DataError(f"{flag} could not be prepared: {error!r}{otherwise}") from error
+    _require(f"{flag}: splits", splits, builder.info.splits)
+    return [builder.as_data_source(split) for split in splits]
+
+
+def _require(what: str, names: Iterable[str], there: Iterable[str]) -> None:
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise DataError(f"{what} {', '.join(missing)}: not among those there, {', '.join(there)}")
 
 
 def _load_tfds(name: str, data_dir: str | None) -> Dataset:
     idx = "" if name == "svhn_cropped" else ", or --data_dir, a folder with its four IDX files"
-    builder = open_tfds(name, data_dir, flag=f"--dataset={name}", otherwise=idx)
-    splits = (builder.as_data_source(split) for split in ("train", "test"))
+    splits = open_tfds(
+        name,
+        data_dir,
+        features=("image", "label"),
+        splits=("train", "test"),
+        flag=f"--dataset={name}",
+        otherwise=idx,
+    )
     fit, test = (
         Split(
             np.stack([example["image"] for example in split]).astype(np.float32) / 255,
@@ -139,7 +170,7 @@ def _load_tfds(name: str, data_dir: str | None) -> Dataset:
         )
         for split in splits
     )
-    return _hold_out(fit, test, builder.data_dir)
+    return _hold_out(fit, test, f"--dataset={name}")
 
 
 def _why_not_to_prepare() -> str | None:
@@ -172,14 +203,22 @@ def _find(folder: pathlib.Path, stem: str, ndim: int) -> pathlib.Path:
     raise DataError(f"{folder}: found none of {', '.join(names)}")
 
 
-def _read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:
-    """Reads a file of unsigned bytes: two zeros, 8, the rank, big-endian sizes, then the bytes."""
+def read(path: pathlib.Path) -> bytes:
+    """The content of a file, unpacked where that is gzip.
+
+    Raises:
+      DataError: it cannot be read.
+    """
     try:
         content = path.read_bytes()
-        if content.startswith(_GZIP_MAGIC):
-            content = gzip.decompress(content)
+        return gzip.decompress(content) if content.startswith(_GZIP_MAGIC) else content
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:
+    """Reads a file of unsigned bytes: two zeros, 8, the rank, big-endian sizes, then the bytes."""
+    content = read(path)
     magic = bytes([0, 0, 8, ndim])
     if content[:4] != magic:
         raise DataError(f"{path}: starts with 0x{content[:4].hex()}, wanted 0x{magic.hex()}")

@@ -55,7 +55,7 @@ class Config(launcher.Config):
     num_global: int = launcher.flag(0, "Points per pixel drawn from all of the canvas.", minimum=0)
     num_local: int = launcher.flag(0, "Points per pixel drawn from its region.", minimum=0)
     region: int = launcher.flag(5, "Rows and columns of the region.", minimum=1)
-    sigma_scale: float = launcher.flag(0.03, "First sigma, in canvases, over log 2.", minimum=1e-6)
+    sigma_scale: float = launcher.flag(0.03, "First sigma, in canvases, over log 2.", above=0)
     min_sigma: float = launcher.flag(0.0, "Smallest sigma, in pixels.", minimum=0.0)
     coarseness: int = launcher.flag(2, "Pixels averaged along each axis to decide.", minimum=1)
     dataset: data.Name = launcher.flag("digits", "Images to classify.")
@@ -71,8 +71,10 @@ class Config(launcher.Config):
     )
     steps: int = launcher.flag(18000, "Number of updates.", minimum=1)
     batch_size: int = launcher.flag(64, "Canvases in an update.", minimum=1)
-    learning_rate: float = launcher.flag(1e-3, "Largest size of a step.", minimum=0.0)
-    average: float = launcher.flag(0.999, "Decay of the mean of the parameters.", minimum=0.0)
+    learning_rate: float = launcher.flag(1e-3, "Largest size of a step.", above=0)
+    average: float = launcher.flag(
+        0.999, "Decay of the mean of the parameters.", minimum=0.0, below=1
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,8 +93,6 @@ class Config(launcher.Config):
             )
         if self.scaling + self.augment >= 1:
             raise ValueError("--scaling and --augment must stay below 1 together")
-        if self.average >= 1:
-            raise ValueError(f"--average must be below 1, got {self.average}")
 
 
 class _Mlp(nnx.Module):

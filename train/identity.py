@@ -37,7 +37,7 @@ class Config(launcher.Config):
     size: int = launcher.flag(32, "Length of x, and number of index tuples.", minimum=1)
     steps: int = launcher.flag(10_000, "Number of updates.", minimum=1)
     learning_rate: float = launcher.flag(
-        0.005, "Highest step size, at size 128 and in proportion to 1 / size; decays to 0."
+        0.005, "Highest step size, at size 128 and in proportion to 1 / size; decays to 0.", above=0
     )
     sigma_penalty: float = launcher.flag(
         0.01, "Weight in the loss of the mean sigma, in units of the matrix.", minimum=0.0
@@ -46,11 +46,6 @@ class Config(launcher.Config):
     num_local: int = launcher.flag(4, "Points per tuple drawn near its mean.", minimum=0)
     region: int = launcher.flag(8, "Rows and columns that count as near.", minimum=1)
     min_sigma: float = launcher.flag(0.05, "Smallest standard deviation, in cells.", minimum=0.0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning_rate must be above 0, got {self.learning_rate}")
 
 
 @functools.partial(nnx.jit, static_argnames="size")

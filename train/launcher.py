@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import operator
 import os
 import pathlib
 import signal
@@ -27,12 +28,36 @@ _DEFINE = {
     str: flags.DEFINE_string,
 }
 
+_BOUNDS = (
+    ("minimum", "at least", operator.ge),
+    ("above", "above", operator.gt),
+    ("below", "below", operator.lt),
+)
+
 _Config = typing.TypeVar("_Config", bound="Config")
 
 
-def flag(default: Any, help: str, *, minimum: float | None = None) -> Any:
-    """A field of a config, with the help text of its flag and the least value that it takes."""
-    return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum})
+def flag(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of a config: the default and the help text of its flag, and what values it takes.
+
+    Args:
+      default: of the field.
+      help: a sentence or two.
+      minimum: the least value.
+      above: a bound that no value reaches.
+      below: another, from the other side.
+    """
+    for word, bound in (("Above", above), ("Below", below)):
+        help = help if bound is None else f"{help} {word} {bound}."
+    bounds = {"minimum": minimum, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +68,18 @@ class Config:
     that concern several fields, extend `__post_init__`: a `ValueError` that names the flag.
 
     Raises:
-      ValueError: a field is below its minimum, or NaN where there is one.
+      ValueError: a field is out of its bounds, or NaN where there are any.
     """
 
-    seed: int = flag(0, "Seed of everything random.", minimum=0)
+    seed: int = flag(0, "Seed of everything random.", minimum=0, below=2**32)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, minimum = getattr(self, field.name), field.metadata["minimum"]
-            if None not in (value, minimum) and not value >= minimum:
-                raise ValueError(f"--{field.name} must be at least {minimum}, got {value}")
+            value = getattr(self, field.name)
+            for bound, words, holds in _BOUNDS:
+                limit = field.metadata[bound]
+                if None not in (value, limit) and not holds(value, limit):
+                    raise ValueError(f"--{field.name} must be {words} {limit}, got {value}")
 
 
 def launch(
@@ -66,6 +93,8 @@ def launch(
     user can mend is one line on standard error: exit status 2 for a wrong flag, 1 for data that
     cannot be used or a loss that is not finite, 130 for Ctrl-C.
     """
+    # A text may hold what a terminal cannot show.
+    sys.stdout.reconfigure(errors="replace")
     try:
         config, workdir = _parse(config_class, sys.argv)
     except (flags.Error, ValueError) as error:
@@ -93,7 +122,10 @@ def _parse(config_class: type[_Config], argv: list[str]) -> tuple[_Config, str |
     for field in dataclasses.fields(config_class):
         _define(field, typing.get_type_hints(config_class)[field.name], values)
     flags.DEFINE_string(
-        "workdir", None, "New folder for the run; by default one under runs/.", flag_values=values
+        "workdir",
+        None,
+        "New or empty folder for the run; by default a new one under runs/.",
+        flag_values=values,
     )
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
     _, *rest = values(argv)
@@ -124,9 +156,9 @@ def _make_workdir(workdir: str | None, task: str) -> pathlib.Path:
     """Makes the folder that the user asked for, or else a new one, also in a race."""
     if workdir is not None:
         path = pathlib.Path(workdir)
-        if (path / "metrics.jsonl").exists():
-            raise FileExistsError(f"{path} holds a run already")
         path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise FileExistsError(f"{path} is not empty, want a new folder or an empty one")
         return path
     name = f"{task}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):

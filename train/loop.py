@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import signal
 import time
@@ -209,6 +210,7 @@ def _deferred_interrupt() -> Iterator[list[int]]:
     def note(signum, frame):
         interrupts.append(signum)
         signal.signal(signal.SIGINT, previous)
+        os.write(2, b"\nstopping after these steps; again to stop at once\n")
 
     previous = signal.signal(signal.SIGINT, note)
     try:

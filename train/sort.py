@@ -47,7 +47,9 @@ class Config(launcher.Config):
         "by itself.",
     )
     num_samples: int = launcher.flag(10, "Random splits per bucket.", minimum=0)
-    certainty: float = launcher.flag(10.0, "How soon a difference in score decides a split.")
+    certainty: float = launcher.flag(
+        10.0, "How soon a difference in score decides a split.", above=0
+    )
     proposal: Literal["local", "uniform"] = launcher.flag(
         "local", "Draws splits near the one by score, or uniformly as in the paper."
     )
@@ -55,20 +57,19 @@ class Config(launcher.Config):
     batch_size: int | None = launcher.flag(
         None, f"Sets per update; by default those of {_ITEMS_PER_BATCH} numbers.", minimum=1
     )
-    learning_rate: float = launcher.flag(2e-3, "Highest step size; warms up, then decays to 0.")
+    learning_rate: float = launcher.flag(
+        2e-3, "Highest step size; warms up, then decays to 0.", above=0
+    )
     width: int = launcher.flag(256, "Units in each of the network's two hidden layers.", minimum=1)
-    dropout: float = launcher.flag(0.2, "Share of hidden units dropped in training.", minimum=0.0)
+    dropout: float = launcher.flag(
+        0.2, "Share of hidden units dropped in training.", minimum=0.0, below=1
+    )
     augment: bool = launcher.flag(True, "Scores slightly moved and turned images in training.")
 
     def __post_init__(self):
         super().__post_init__()
         if self.digits > _MAX_DIGITS:
             raise ValueError(f"--digits must be at most {_MAX_DIGITS}, got {self.digits}")
-        for name in ("certainty", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
-        if not self.dropout < 1:
-            raise ValueError(f"--dropout must be below 1, got {self.dropout}")
 
 
 class Scorer(nnx.Module):

@@ -1,16 +1,22 @@
 """Texts as bytes, split for a language model, and the models that count pairs of bytes."""
 
 import hashlib
+import os.path
 import pathlib
+import re
 import sysconfig
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from train.data import DataError, open_tfds
+from train.data import DataError, open_tfds, read
 
 NUM_BYTES = 256
+_ZIP_MAGIC = b"PK\x03\x04"
+# What tensorflow-datasets calls a set, as far as it could not be a path: name/config:1.0.0.
+_TFDS_NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w.\-+]+)?(:[\d.*]+)?")
+_MOST_BYTES = 2**31 - 1
 
 
 class Corpus(NamedTuple):
@@ -34,15 +40,16 @@ def load(name: str, data_dir: str | None = None) -> Corpus:
 
     - `stdlib`: the sources of Python's standard library on this machine, without its tests. They
       differ by version: compare hashes.
-    - a path to a file: its bytes. For enwik8 the split is the standard one, 90, 5 and 5 million.
+    - a path to a file, gzipped or plain: its bytes. For enwik8 the split is the standard one, 90, 5
+      and 5 million.
     - a path to a folder: its files that are text (UTF-8).
-    - anything else: the `text` of the training part of that set of tensorflow-datasets.
+    - another name: the `text` of the training part of that set of tensorflow-datasets.
 
     Several files follow each other in an order of their own, by a hash of their names, so that no
     part is all of one kind.
 
     Raises:
-      DataError: the text is missing, unreadable or empty.
+      DataError: the text is missing, unreadable, empty or longer than int32 counts.
     """
     path = pathlib.Path(name)
     if name == "stdlib":
@@ -54,21 +61,26 @@ def load(name: str, data_dir: str | None = None) -> Corpus:
             if not left_out & set(file.relative_to(library).parts)
         ]
         text = _join(library, files)
-    elif path.is_dir():
+    elif os.path.isdir(name):
         text = _join(path, [file for file in path.rglob("*") if file.is_file()])
-    elif path.is_file():
-        text = _read(path)
-    elif path.is_absolute() or path.suffix in (".txt", ".gz"):
+    elif os.path.isfile(name):
+        text = read(path)
+        if text.startswith(_ZIP_MAGIC):
+            raise DataError(f"--corpus={name}: is a zip file, want what is in it")
+    elif not _TFDS_NAME.fullmatch(name):
         raise DataError(f"--corpus={name}: there is no such file or folder")
     else:
-        builder = open_tfds(
-            name, data_dir, flag=f"--corpus={name}", otherwise=", or --corpus=PATH, any text"
+        (examples,) = open_tfds(
+            name,
+            data_dir,
+            features=["text"],
+            splits=["train"],
+            flag=f"--corpus={name} (no such file or folder)",
+            otherwise=", or --corpus=PATH, any text",
         )
-        if "text" not in builder.info.features:
-            raise DataError(f"--corpus={name} has no feature called text")
-        text = b"\n".join(example["text"] for example in builder.as_data_source("train"))
-    if not text:
-        raise DataError(f"--corpus={name}: found no text")
+        text = b"\n".join(example["text"] for example in examples)
+    if not 0 < len(text) <= _MOST_BYTES:
+        raise DataError(f"--corpus={name}: {len(text)} bytes of text, want 1 to {_MOST_BYTES}")
     array = np.frombuffer(text, np.uint8)
     parts = np.split(array, [len(array) * 9 // 10, len(array) * 19 // 20])
     return Corpus(*parts, hashlib.sha256(text).hexdigest())
@@ -83,7 +95,10 @@ def windows(text: np.ndarray, length: int, count: int) -> np.ndarray:
       DataError: the text is shorter than a window.
     """
     if len(text) <= length:
-        raise DataError(f"--length={length} needs {length + 1} bytes in a part, got {len(text)}")
+        raise DataError(
+            f"--length={length} needs {length + 1} bytes in each part of the text, which has 90, 5 "
+            f"and 5% of it: got {len(text)}"
+        )
     starts = np.arange(0, len(text) - length, length)[:count, None]
     return text[starts + np.arange(length + 1)]
 
@@ -113,7 +128,7 @@ def _join(folder: pathlib.Path, files: Iterable[pathlib.Path]) -> bytes:
     def key(file: pathlib.Path) -> bytes:
         return hashlib.sha256(file.relative_to(folder).as_posix().encode()).digest()
 
-    texts = [_read(file) for file in sorted(files, key=key)]
+    texts = [read(file) for file in sorted(files, key=key)]
     return b"\n".join(text for text in texts if _is_text(text))
 
 
@@ -123,10 +138,3 @@ def _is_text(content: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return b"\0" not in content
-
-
-def _read(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error

@@ -40,17 +40,19 @@ _DEFAULTS = {
         "num_global": 32, "steps": 4000, "learning_rate": 1e-2,
     },
 }  # fmt: skip
-_VALIDATION_WINDOWS, _TEST_WINDOWS, _WINDOWS_AT_ONCE = 128, 1024, 32
+_VALIDATION_WINDOWS, _TEST_WINDOWS, _TOKENS_AT_ONCE = 128, 1024, 2**13
 _NUM_EVALUATIONS = 5
 _SAMPLES, _PROMPT = 3, 64
+# Pictures show the first of the tokens, in squares of so many pixels.
+_TOKENS_DRAWN, _PIXELS = 2048, 256
 _NUM_TOKENS = 64
 # On the offset task parameters are averaged over about as many steps as there are between looks.
 _SOLVED, _OFFSET_INTERVAL, _OFFSET_AVERAGE = 0.001, 50, 0.98
 
 
-def _by_task(name: str, help: str, least: float | None = 1) -> Any:
+def _by_task(name: str, help: str, **bounds: float) -> Any:
     values = [f"{defaults[name]} for {task}" for task, defaults in _DEFAULTS.items()]
-    return launcher.flag(None, f"{help} By default {', '.join(values)}.", minimum=least)
+    return launcher.flag(None, f"{help} By default {', '.join(values)}.", **bounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +71,9 @@ class Config(launcher.Config):
         "layers",
         "A letter for each layer: l learned, s static, 2 learned2d, t strided, w window, b block, "
         "d dense.",
-        None,
     )
     positions: Literal["rotary", "learned", "none"] | None = _by_task(
-        "positions", "How layers know the place of a token.", None
+        "positions", "How layers know the place of a token."
     )
     length: int | None = launcher.flag(
         None,
@@ -80,22 +81,30 @@ class Config(launcher.Config):
         "than the offset, in multiples of 64.",
         minimum=2,
     )
-    features: int | None = _by_task("features", "Width of the model.")
-    num_heads: int | None = _by_task("num_heads", "Heads of attention.")
-    num_tuples: int | None = _by_task("num_tuples", "Learned positions per token and head.")
-    num_global: int | None = _by_task("num_global", "Points per position drawn from all.", 0)
+    features: int | None = _by_task("features", "Width of the model.", minimum=1)
+    num_heads: int | None = _by_task("num_heads", "Heads of attention.", minimum=1)
+    num_tuples: int | None = _by_task(
+        "num_tuples", "Learned positions per token and head.", minimum=1
+    )
+    num_global: int | None = _by_task(
+        "num_global", "Points per position drawn from all.", minimum=0
+    )
     num_local: int = launcher.flag(2, "Points per position drawn near it.", minimum=0)
     region: int = launcher.flag(8, "Positions that count as near.", minimum=1)
     window: int = launcher.flag(8, "Tokens that a window sees.", minimum=1)
     stride: int = launcher.flag(8, "One token in so many looks back in a strided layer.", minimum=1)
     block: int = launcher.flag(32, "Tokens in a block.", minimum=1)
-    dropout: float = launcher.flag(0.0, "Share of outputs dropped in training.", minimum=0.0)
+    dropout: float = launcher.flag(
+        0.0, "Share of outputs dropped in training.", minimum=0.0, below=1
+    )
     bfloat16: bool = launcher.flag(False, "Computes in bfloat16.")
-    steps: int | None = _by_task("steps", "Number of updates.")
+    steps: int | None = _by_task("steps", "Number of updates.", minimum=1)
     batch_size: int = launcher.flag(8, "Examples in an update.", minimum=1)
-    learning_rate: float | None = _by_task("learning_rate", "Highest step size.", 0.0)
-    warmup: int = launcher.flag(100, "Updates until the step size is highest.", minimum=0)
-    clip: float = launcher.flag(1.0, "Largest norm of a gradient.", minimum=0.0)
+    learning_rate: float | None = _by_task("learning_rate", "Highest step size.", above=0)
+    warmup: int = launcher.flag(
+        100, "Updates until the step size is highest; half of --steps at most.", minimum=0
+    )
+    clip: float = launcher.flag(1.0, "Largest norm of a gradient.", above=0)
     temperature: float = launcher.flag(0.7, "Of the continuations that are drawn.", minimum=0.0)
 
     def __post_init__(self):
@@ -105,11 +114,6 @@ class Config(launcher.Config):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
-        if not self.dropout < 1:
-            raise ValueError(f"--dropout must be below 1, got {self.dropout}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
         if self.task == "offset" and self.offset >= self.length:
             raise ValueError(f"--offset must be below --length={self.length}, got {self.offset}")
         try:
@@ -176,7 +180,8 @@ def _evaluation_loss(graphdef, state, tokens):
 def bits_per_byte(model: TransformerLM, windows: np.ndarray) -> float:
     """Bits per byte on windows uint8 [n, length + 1], in evaluation."""
     graphdef, state = nnx.split(nnx.view(model, deterministic=True))
-    parts = np.array_split(windows, math.ceil(len(windows) / _WINDOWS_AT_ONCE))
+    at_once = max(1, _TOKENS_AT_ONCE // windows.shape[1])
+    parts = np.array_split(windows, math.ceil(len(windows) / at_once))
     total = sum(len(part) * float(_evaluation_loss(graphdef, state, part)) for part in parts)
     return total / len(windows) / math.log(2)
 
@@ -189,34 +194,53 @@ def _weights(graphdef, state, tokens):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), dense)
 
 
-def draw_patterns(model: TransformerLM, tokens: np.ndarray, layers: str) -> Figure:
-    """Where the heads of each layer look in tokens int32 [T], in evaluation."""
+def draw_patterns(model: TransformerLM, tokens: np.ndarray) -> Figure:
+    """Where the heads of each layer but dense ones look in tokens int32 [T], in evaluation."""
     graphdef, state = nnx.split(nnx.view(model, deterministic=True))
-    pictures = [
-        (f"layer {layer} ({layers[layer]}), head {head}", weights)
-        for layer, heads in enumerate(_weights(graphdef, state, tokens))
-        if heads is not None
-        for head, weights in enumerate(np.asarray(heads))
-    ]
-    length, columns = len(tokens), 4
-    rows = max(1, math.ceil(len(pictures) / columns))
+    length, pictures = len(tokens), []
+    for index, heads in enumerate(_weights(graphdef, state, tokens)):
+        layer = model.blocks[index].attention
+        for head, fine in enumerate([] if heads is None else np.asarray(heads)):
+            weights, squares = _squares(fine)
+            # An entry is of a block of tokens, or a row of every so many.
+            height = {"block": layer.block, "strided": layer.stride}.get(layer.kind, 1) * squares[0]
+            width = (layer.block if layer.kind == "block" else 1) * squares[1]
+            extent = (0, width * weights.shape[1], height * weights.shape[0], 0)
+            pictures.append((f"layer {index} ({layer.kind}), head {head}", weights, extent))
+    columns = min(len(pictures), 4)
+    rows = math.ceil(len(pictures) / columns)
     figure = Figure(figsize=(3.2 * columns, 3.4 * rows), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (title, weights) in zip(axes, pictures, strict=False):
-        extent = (0, length, length, 0)
+    for axis, (title, weights, extent) in zip(axes, pictures, strict=False):
         axis.imshow(weights, cmap="Blues", vmin=0, vmax=1, extent=extent, interpolation="nearest")
         axis.plot([0, length], [0, length], color="lightgray", linewidth=0.5)
         axis.set(title=title, xlabel="looks at", ylabel="token")
+        axis.set(xlim=(0, length), ylim=(length, 0))
     for axis in axes[len(pictures) :]:
         axis.set_axis_off()
     return figure
+
+
+def _has_patterns(config):
+    """Whether there is anything to draw."""
+    without = "dt" if config.length < config.stride else "d"
+    return not set(config.layers) <= set(without)
+
+
+def _squares(weights):
+    """Weights [rows, columns] as the largest in squares, few enough to see, and their sizes."""
+    sizes = [math.ceil(size / _PIXELS) for size in weights.shape]
+    padding = [(0, -size % square) for size, square in zip(weights.shape, sizes, strict=True)]
+    padded = np.pad(weights, padding)
+    shape = (padded.shape[0] // sizes[0], sizes[0], padded.shape[1] // sizes[1], sizes[1])
+    return padded.reshape(shape).max((1, 3)), sizes
 
 
 def _continue(model: TransformerLM, key: jax.Array, prompts: np.ndarray, config: Config) -> str:
     """Continuations of prompts uint8 [n, length], as a text for people."""
     drawn = generate(
         key,
-        nnx.view(model, deterministic=True),
+        model,
         jnp.asarray(prompts, jnp.int32),
         num_tokens=config.length - prompts.shape[1],
         temperature=config.temperature,
@@ -233,7 +257,8 @@ def train_on_text(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     test = text.windows(corpus.test, config.length, _TEST_WINDOWS)
     text.windows(corpus.train, config.length, 1)
     size = sum(len(part) for part in corpus[:3])
-    print(f"{config.corpus}: {size} bytes, sha256 {corpus.sha256}")
+    print(f"{config.corpus}: {size} bytes, sha256 {corpus.sha256}", flush=True)
+    drawn = _has_patterns(config)
 
     def loss_fn(model, key, step, fit):
         del step
@@ -243,8 +268,8 @@ def train_on_text(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         return loss, {"bits_per_byte": loss / math.log(2)}
 
     def evaluate(model, step):
-        if step in (0, config.steps):
-            picture = draw_patterns(model, validation[0, :-1].astype(np.int32), config.layers)
+        if drawn and step in (0, config.steps):
+            picture = draw_patterns(model, validation[0, :-1][:_TOKENS_DRAWN].astype(np.int32))
             figures.save_png(picture, workdir / f"attention-{step}.png")
         return {"validation_bits_per_byte": bits_per_byte(model, validation)}
 
@@ -263,14 +288,32 @@ def train_on_text(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     result = {"bits_per_byte": bits_per_byte(model, test), **text.count_bits(corpus.train, test)}
     prompts = test[:_SAMPLES, : min(_PROMPT, config.length // 2)]
     continued = _continue(model, jax.random.key(config.seed), prompts, config)
-    (workdir / "continued.txt").write_text(continued + "\n")
+    (workdir / "continued.txt").write_text(continued + "\n", encoding="utf-8")
     print(continued)
     print(f"bits per byte of {test[:, 1:].size} bytes of held-out text:")
     for name, figure in (("this model", "bits_per_byte"), ("bigrams", "bigram")):
         print(f"  {name:12}  {result[figure]:.4f}")
     print(f"  {'unigrams':12}  {result['unigram']:.4f}")
-    print(f"pictures: {workdir / 'attention-0.png'}, {workdir / f'attention-{config.steps}.png'}")
+    if drawn:
+        names = ", ".join(str(workdir / f"attention-{step}.png") for step in (0, config.steps))
+        print(f"pictures: {names}")
     return {**result, **run, "test_examples": len(test), "sha256": corpus.sha256}
+
+
+def when_solved(losses: dict[int, float]) -> tuple[int | None, float | None]:
+    """The first step with a loss below 0.001, and the share of later losses that were, too.
+
+    Args:
+      losses: by the step at which they were looked at.
+
+    Returns:
+      None and None if there was no such step; a share of None if it was the last.
+    """
+    low = [step for step, loss in losses.items() if loss < _SOLVED]
+    solved_at = min(low, default=math.inf)
+    later = [step for step in losses if step > solved_at]
+    steady = len(set(later) & set(low)) / len(later) if later else None
+    return (solved_at if low else None), steady
 
 
 def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -292,7 +335,8 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         del step, data
         return mean_loss(model, key), {}
 
-    graphdef = nnx.split(make_model(config))[0]
+    model = make_model(config)
+    graphdef = nnx.split(model)[0]
 
     @jax.jit
     def losses(state, key):
@@ -307,7 +351,6 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         history[step] = float(sampled), float(exact)
         return {"sampled_loss": sampled, "evaluation_loss": exact}
 
-    model = make_model(config)
     model, run = loop.train(
         model,
         make_optimizer(config, model),
@@ -320,16 +363,13 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         evaluate_every=_OFFSET_INTERVAL,
         average=_OFFSET_AVERAGE,
     )
-    tokens = np.zeros(config.length, np.int32)
-    picture = workdir / "attention.png"
-    figures.save_png(draw_patterns(model, tokens, config.layers), picture)
-    low = [step for step, (sampled, _) in history.items() if sampled < _SOLVED]
-    solved_at = min(low, default=None)
-    later = [step for step in history if solved_at is not None and step > solved_at]
-    steady = len(set(later) & set(low)) / len(later) if later else None
+    solved_at, steady = when_solved({step: sampled for step, (sampled, _) in history.items()})
     loss = history[config.steps][1]
     print(f"offset {config.offset}: solved at step {solved_at}, steady {steady}, loss {loss:.2g}")
-    print(f"picture: {picture}")
+    if _has_patterns(config):
+        picture, tokens = workdir / "attention.png", np.zeros(config.length, np.int32)
+        figures.save_png(draw_patterns(model, tokens[:_TOKENS_DRAWN]), picture)
+        print(f"picture: {picture}")
     count = config.batch_size * (config.length - config.offset)
     result = {"solved_at": solved_at, "steady": steady, **run, "loss": loss}
     return {**result, "test_examples": count}
