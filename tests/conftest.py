@@ -3,6 +3,7 @@ eight host devices to shard over, the same drawn examples in every run, and, whe
 Python 3.11, quick compilation, since nearly all of the suite's time is XLA's. The newest jax
 compiles as it does for users."""
 
+import collections
 import importlib.metadata
 import os
 
@@ -27,3 +28,29 @@ hypothesis.settings.register_profile(
     "laws", max_examples=5, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("laws")
+
+_QUICK_CASES = 4
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help=f"leave out slow tests, and run {_QUICK_CASES} cases of each other test at most",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--quick"):
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            cases[item.path, item.originalname].append(item)
+    kept = set()
+    for all_of_one in cases.values():
+        step = max(1, (len(all_of_one) - 1) / (_QUICK_CASES - 1))
+        spread = (round(n * step) for n in range(_QUICK_CASES))
+        kept.update(all_of_one[n] for n in spread if n < len(all_of_one))
+    config.hook.pytest_deselected([item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]

@@ -1,7 +1,5 @@
 """Laws of attention over a sparse pattern, in its three forms."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ import hyperlayer_jax as hl
 B, T, S, N, K, H, D = 2, 6, 8, 4, 2, 3, 5
 BLOCK = 2
 FORMS = ("rows", "entries", "blocks")
+attend = jax.jit(hl.sparse_attention, static_argnames="causal")
 # Leading axes of a pattern: shared by all, by all heads, by none.
 LEADING = {"all": (), "heads": (B,), "own": (B, N)}
 
@@ -70,9 +69,7 @@ def test_agrees_with_the_oracle(form, leading, masked, causal):
     mask = None
     if masked:
         mask = jnp.asarray(np.random.default_rng(2).random((B, S)) < 0.5).at[0].set(False)
-    out = jax.jit(functools.partial(hl.sparse_attention, causal=causal))(
-        query, key, value, pattern, mask=mask
-    )
+    out = attend(query, key, value, pattern, causal=causal, mask=mask)
     block = BLOCK if form == "blocks" else 1
     for b in range(B):
         for n in range(N):
@@ -93,7 +90,7 @@ def test_over_all_positions_with_equal_weights_it_is_dense_attention(form):
     if form == "entries":
         indices = jnp.stack([columns.T, columns], -1).reshape(-1, 2)
         pattern = hl.SparseTensor(indices, pattern.values.reshape(-1), (size,), (size,))
-    out = hl.sparse_attention(query, key, value, pattern, causal=True)
+    out = attend(query, key, value, pattern, causal=True)
     assert_close(out, jax.nn.dot_product_attention(query, key, value, is_causal=True))
 
 
@@ -109,8 +106,8 @@ def test_blocks_are_their_entries_written_out(causal):
         jnp.repeat(x, BLOCK, axis=2) for x in (columns, jnp.repeat(pattern.values, BLOCK, axis=3))
     )
     rows = hl.RowSparseTensor(columns[..., None], weights, (S,), (S,))
-    attend = functools.partial(hl.sparse_attention, query, key, value, causal=causal)
-    assert_close(attend(pattern), attend(rows))
+    got, want = (attend(query, key, value, p, causal=causal) for p in (pattern, rows))
+    assert_close(got, want)
 
 
 def test_split_weights_add_up_and_a_weight_of_zero_is_absent():
@@ -122,10 +119,7 @@ def test_split_weights_add_up_and_a_weight_of_zero_is_absent():
         pattern.out_shape,
         pattern.in_shape,
     )
-    assert_close(
-        hl.sparse_attention(query, key, value, halves),
-        hl.sparse_attention(query, key, value, pattern),
-    )
+    assert_close(attend(query, key, value, halves), attend(query, key, value, pattern))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -179,9 +173,9 @@ def test_gradients_are_finite_with_everything_masked_and_with_tiny_weights(form,
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_is_close_to_float32(form):
     pattern = draw_pattern(form, LEADING["own"])
-    out = hl.sparse_attention(*operands(jnp.bfloat16), pattern)
+    out = attend(*operands(jnp.bfloat16), pattern)
     assert out.dtype == jnp.bfloat16
-    exact = hl.sparse_attention(*(x.astype(jnp.float32) for x in operands(jnp.bfloat16)), pattern)
+    exact = attend(*(x.astype(jnp.float32) for x in operands(jnp.bfloat16)), pattern)
     assert_close(out.astype(jnp.float32), exact, rtol=0.02, atol=0.03)
 
 

@@ -61,7 +61,8 @@ def test_discretizing_conserves_what_has_an_allowed_point(where, case, seed):
 def test_discretizing_is_redistribution_over_a_sample(where):
     tuples, shape = random_tuples((2,), 3, 2), (10, 10)
     indices, values = discretize(KEY, tuples, shape, where=where)
-    assert_equal(indices, hl.sample_indices(KEY, tuples.means, shape, **OPTIONS))
+    sample = jax.jit(functools.partial(hl.sample_indices, shape=shape, **OPTIONS))
+    assert_equal(indices, sample(KEY, tuples.means))
     for b in range(2):
         allowed = None if where is None else np.asarray(where(indices[b]))
         means, sigmas, weights = tuples.means[b], tuples.sigmas[b], tuples.values[b]
@@ -94,6 +95,7 @@ def test_rounding_is_the_limit_of_small_sigmas(batch, k, shape):
     tuples = random_tuples(batch, k, len(shape))
     tuples = hl.IndexTuples(tuples.means, jnp.zeros_like(tuples.sigmas), tuples.values)
 
+    @jax.jit
     def dense(points):
         return hl.todense(hl.SparseTensor(*points, shape[:1], shape[1:] or (1,)))
 

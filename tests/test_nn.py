@@ -1,5 +1,6 @@
 """Laws of the Flax modules: the functions with parameters and random streams, nothing else."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from laws import FLOATS, assert_close, assert_equal, random_tuples
 import hyperlayer_jax as hl
 from hyperlayer_jax import nn
 from hyperlayer_jax.nn.linear import TokenLinear
+
+call = nnx.jit(lambda module, *arguments: module(*arguments))
 
 OUT, IN = (3, 2), (4,)
 OPTIONS = {"num_global": 2, "num_local": 2, "region": 2}
@@ -85,14 +88,16 @@ def composed(kind, tuples, points, x):
 def test_a_hyperlayer_is_the_composition_of_the_functions(kind, shape, features):
     layer, space = build(kind, features)
     x = example(*shape)
-    tuples = layer.hypernetwork(x)
+    tuples = call(layer.hypernetwork, x)
     key = nnx.clone(layer).rngs()
-    y = nnx.jit(lambda layer, x: layer(x))(layer, x)
-    want = composed(kind, tuples, hl.discretize(key, tuples, space, **OPTIONS), x)
+    y = call(layer, x)
+    in_training = jax.jit(functools.partial(hl.discretize, shape=space, **OPTIONS))(key, tuples)
+    by_hand = jax.jit(functools.partial(composed, kind))
+    want = by_hand(tuples, in_training, x)
     assert y.shape == (*shape[: x.ndim - 1 - features], *OUT, *shape[x.ndim - features :])
     assert_close(y, want)
     evaluation = nnx.view(layer, deterministic=True)
-    assert_close(evaluation(x), composed(kind, tuples, hl.round_tuples(tuples, space), x))
+    assert_close(call(evaluation, x), by_hand(tuples, hl.round_tuples(tuples, space), x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,12 +105,12 @@ def test_every_call_draws_anew_and_evaluation_does_not(kind):
     layer, _ = build(kind)
     x = example(2, 4)
     evaluation = nnx.view(layer, deterministic=True)
-    assert_equal(evaluation(x), evaluation(x))
+    assert_equal(call(evaluation, x), call(evaluation, x))
     assert layer.rngs.count[...] == 0 and not layer.deterministic
-    first, second = layer(x), layer(x)
+    first, second = call(layer, x), call(layer, x)
     assert layer.rngs.count[...] == 2
     assert (np.asarray(first) != np.asarray(second)).any()
-    assert_equal(build(kind)[0](x), first)
+    assert_equal(call(build(kind)[0], x), first)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -121,7 +126,7 @@ def test_gradients_reach_every_param(kind, dtype):
     for path, leaf in paths:
         numbers = np.asarray(leaf[...], np.float64)
         assert np.isfinite(numbers).all() and (numbers != 0).any(), path
-    assert layer(x).dtype == dtype
+    assert call(layer, x).dtype == dtype
 
 
 def test_the_bias_is_added_to_every_output_and_feature():
@@ -140,9 +145,9 @@ def test_a_sparse_linear_layer_serves_any_batch_with_one_matrix(by_output, shape
     )
     layer.layer.bias[...] = jnp.arange(6.0).reshape(OUT)
     tuples, x = layer.layer.hypernetwork(), example(*shape)
-    tensor = nnx.clone(layer).layer.tensor(tuples, 0, jnp.float32)
-    weights = np.asarray(hl.todense(tensor), np.float64)
-    y = layer(x)
+    dense = nnx.jit(lambda module, tuples: hl.todense(module.tensor(tuples, 0, jnp.float32)))
+    weights = np.asarray(dense(nnx.clone(layer).layer, tuples), np.float64)
+    y = call(layer, x)
     want = np.einsum("oai,...i->...oa", weights, x) + np.arange(6.0).reshape(OUT)
     assert_close(y, want)
 
@@ -165,7 +170,8 @@ def test_fixed_values_are_not_trained(values):
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(tuples)))
     optimizer = nnx.Optimizer(layer, optax.sgd(0.1), wrt=nnx.Param)
     x = example(8, 4)
-    optimizer.update(layer, nnx.grad(lambda layer: ((layer(x) - x[:, :3]) ** 2).mean())(layer))
+    gradient = nnx.jit(nnx.grad(lambda layer: ((layer(x) - x[:, :3]) ** 2).mean()))
+    optimizer.update(layer, gradient(layer))
     changed = {
         name: bool((before[name] != np.asarray(getattr(tuples, name)[...])).any())
         for name in ("means", "sigmas", "values")
@@ -179,7 +185,6 @@ def test_jit_of_flax_and_of_jax_agree_with_neither(kind):
     want_layer, _ = build(kind)
     want = want_layer(x), want_layer(x)
     layer, _ = build(kind)
-    call = nnx.jit(lambda layer, x: layer(x))
     assert_close((call(layer, x), call(layer, x)), want)
     graph, state = nnx.split(build(kind)[0])
 
@@ -199,10 +204,11 @@ def test_quicksort_is_the_function_and_evaluation_is_exact():
     options = {"num_samples": 4, "certainty": 2.0, "proposal": "uniform"}
     sort = nn.SoftQuicksort(rngs=nnx.Rngs(0), **options)
     key = nnx.clone(sort).rngs()
-    assert_close(sort(x, scores), hl.soft_quicksort(key, x, scores, **options))
+    by_hand = jax.jit(functools.partial(hl.soft_quicksort, **options))
+    assert_close(call(sort, x, scores), by_hand(key, x, scores))
     assert sort.rngs.count[...] == 1
     evaluation = nnx.view(sort, deterministic=True)
-    assert_equal(evaluation(x, scores).scores[-1], np.sort(np.asarray(scores), -1))
+    assert_equal(call(evaluation, x, scores).scores[-1], np.sort(np.asarray(scores), -1))
     assert sort.rngs.count[...] == 1
 
 

@@ -43,6 +43,7 @@ def tokens(dtype=jnp.float32):
 
 
 call = nnx.jit(lambda layer, x, mask=None: layer(x, mask=mask))
+pattern_of = nnx.jit(lambda layer, x, mask=None: layer.pattern(x, mask=mask))
 
 
 def entries_of(layer, pattern, b, n):
@@ -79,7 +80,7 @@ def test_a_layer_is_attention_over_its_pattern(kind, causal, masked):
     x = tokens()
     mask = jnp.ones((B, T), bool).at[0, 7:].set(False).at[1, :2].set(False) if masked else None
     out = call(layer, x, mask)
-    pattern = layer.pattern(x, mask=mask)
+    pattern = pattern_of(layer, x, mask)
     heads = np.split(np.asarray(layer.project(x)).reshape(B, T, N + 2 * K, -1), [N, N + K], axis=2)
     rows = jnp.arange(T, dtype=jnp.int32)
     query, key = (np.asarray(rotate(jnp.asarray(y), rows)) for y in heads[:2])
@@ -132,9 +133,9 @@ def test_a_cache_gives_what_the_whole_sequence_gives(kind, shared):
 def test_a_cache_is_of_the_dtype_of_the_computation():
     layer = nnx.view(build("learned", dtype=jnp.bfloat16), deterministic=True)
     x = tokens(jnp.bfloat16)
-    out, cache = layer.extend(x, layer.init_cache(B))
+    out, cache = nnx.jit(lambda layer, x: layer.extend(x, layer.init_cache(B)))(layer, x)
     assert out.dtype == cache.keys.dtype == cache.values.dtype == jnp.bfloat16
-    assert_close(out, layer(x))
+    assert_close(out, call(layer, x))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -195,7 +196,7 @@ def test_padding_gives_what_the_shorter_sequence_gives(kind):
 def test_entries_that_are_free_are_the_same_for_any_number_of_tokens(causal):
     layer = nnx.view(build("learned2d", causal=causal), deterministic=True)
     x = jnp.pad(tokens(), [(0, 0), (0, LENGTH - T), (0, 0)])
-    part, whole = (hl.todense(layer.pattern(y)) for y in (x[:, :T], x))
+    part, whole = (hl.todense(pattern_of(layer, y)) for y in (x[:, :T], x))
     assert_close(part, whole[..., :T, :T])
 
 
@@ -209,7 +210,7 @@ def test_a_window_over_all_tokens_is_dense_attention(causal):
 def test_heads_have_patterns_of_their_own_or_share_one(kind):
     x = tokens()
     layers = (build(kind, shared=shared) for shared in (False, True))
-    own, shared = (nnx.view(layer, deterministic=True).pattern(x) for layer in layers)
+    own, shared = (pattern_of(nnx.view(layer, deterministic=True), x) for layer in layers)
     assert own.indices.shape[:2] == (B, N)
     assert shared.indices.shape == (B, *own.indices.shape[2:])
 
@@ -221,7 +222,8 @@ def test_a_tuple_is_as_wide_in_evaluation_as_in_training(sigma):
     raw = layer.positions.parameters[...]
     layer.positions.parameters[...] = raw.at[..., 1].set(sigma)
     fixed = nnx.view(layer, deterministic=True)
-    drawn, fixed = (np.asarray(hl.todense(kind.pattern(tokens()))) for kind in (layer, fixed))
+    dense = nnx.jit(lambda layer, x: hl.todense(layer.pattern(x)))
+    drawn, fixed = (np.asarray(dense(kind, tokens())) for kind in (layer, fixed))
     assert np.abs(fixed - drawn).max() < 0.03
     assert ((fixed > 0.05).sum(-1).max() > 4) == (sigma > 0)
 
@@ -324,11 +326,8 @@ def test_wrong_inputs_are_named():
         build("window", causal=False).init_cache(B)
 
 
-ALL = "ls2twbd"
-
-
 @functools.cache
-def language_model(layers=ALL, positions="rotary"):
+def language_model(layers, positions="rotary"):
     return TransformerLM(
         11,
         E,
@@ -343,15 +342,15 @@ def language_model(layers=ALL, positions="rotary"):
 
 
 @pytest.mark.slow
-def test_a_language_model_of_all_kinds_continues_as_it_predicts():
-    model = nnx.view(language_model(positions="learned"), deterministic=True)
+def test_a_language_model_continues_as_it_predicts():
+    model = nnx.view(language_model("lwd", positions="learned"), deterministic=True)
     prompt = jax.random.randint(jax.random.key(0), (B, 4), 0, 11, jnp.int32)
     drawn = generate(jax.random.key(1), model, prompt, num_tokens=6, temperature=0)
     text = jnp.concatenate([prompt, drawn], axis=1)
     logits = nnx.jit(lambda model, text: model(text))(model, text)
     assert_equal(drawn, logits[:, 3:-1].argmax(-1).astype(jnp.int32))
     patterns = nnx.jit(lambda model, text: model.patterns(text))(model, text)
-    assert [pattern is None for pattern in patterns] == [letter == "d" for letter in ALL]
+    assert [pattern is None for pattern in patterns] == [False, False, True]
 
 
 def test_a_temperature_draws_by_key():

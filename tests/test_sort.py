@@ -262,7 +262,7 @@ def test_sharding_the_batch_changes_nothing(proposal):
 
 @pytest.mark.slow
 def test_works_inside_shard_map_and_vmap():
-    x, scores = example(40, (8,))
+    x, scores = example(9, (8,))
     keys = jax.random.split(KEY, 8)
     spec = PartitionSpec("data")
 
