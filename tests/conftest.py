@@ -52,5 +52,5 @@ def pytest_collection_modifyitems(config, items):
         step = max(1, (len(all_of_one) - 1) / (_QUICK_CASES - 1))
         spread = (round(n * step) for n in range(_QUICK_CASES))
         kept.update(all_of_one[n] for n in spread if n < len(all_of_one))
-    config.hook.pytest_deselected([item for item in items if item not in kept])
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
