@@ -180,7 +180,7 @@ def _evaluation_loss(graphdef, state, tokens):
 def bits_per_byte(model: TransformerLM, windows: np.ndarray) -> float:
     """Bits per byte on windows uint8 [n, length + 1], in evaluation."""
     graphdef, state = nnx.split(nnx.view(model, deterministic=True))
-    at_once = max(1, _TOKENS_AT_ONCE // windows.shape[1])
+    at_once = max(1, _TOKENS_AT_ONCE // (windows.shape[1] - 1))
     parts = np.array_split(windows, math.ceil(len(windows) / at_once))
     total = sum(len(part) * float(_evaluation_loss(graphdef, state, part)) for part in parts)
     return total / len(windows) / math.log(2)
