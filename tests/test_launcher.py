@@ -126,6 +126,14 @@ def test_failed_run_ends_in_one_line(argument, message, monkeypatch, capsys, tmp
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_folder_may_be_used_again_where_no_run_began(monkeypatch, capsys, tmp_path):
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            launch(monkeypatch, "--data_dir=nowhere", f"--workdir={tmp_path}")
+        assert stop.value.code == 1, capsys.readouterr().err
+    launch(monkeypatch, f"--workdir={tmp_path}", run=lambda *_: {})
+
+
 def test_flags_reach_the_task(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     seen = []

@@ -184,6 +184,20 @@ def test_tokens_that_do_not_exist_change_nothing(kind, causal):
     assert not np.asarray(grad)[~np.asarray(mask)].any()
 
 
+def test_blocks_without_tokens_have_no_share():
+    layer = nnx.view(build("block", causal=False, shared=True), deterministic=True)
+    mask = jnp.ones((B, T), bool).at[0, :4].set(False).at[1, 1:].set(False)
+    pattern = pattern_of(layer, tokens(), mask)
+    exists = np.array([[False, True, True], [True, False, False]])
+    columns, weights = np.asarray(pattern.indices)[..., 0], np.asarray(pattern.values)
+    # The first column is a block's own; the others are points that both tuples share.
+    seen = np.take_along_axis(exists[:, None], columns, 2) & (columns != columns[..., :1])
+    weights, seen = weights[..., 1:], seen[..., 1:]
+    assert not weights[~seen].any()
+    assert_close(weights.sum(-1), 2.0 * seen.any(-1))
+    assert seen.any(-1).sum() > 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_gives_what_the_shorter_sequence_gives(kind):
     layer = nnx.view(build(kind), deterministic=True)
@@ -327,7 +341,7 @@ def test_wrong_inputs_are_named():
 
 
 @functools.cache
-def language_model(layers, positions="rotary"):
+def language_model(layers, positions="rotary", dropout=0.1):
     return TransformerLM(
         11,
         E,
@@ -336,7 +350,7 @@ def language_model(layers, positions="rotary"):
         layers=layers,
         positions=positions,
         attention=functools.partial(SparseSelfAttention, **SIZES),
-        dropout=0.1,
+        dropout=dropout,
         rngs=nnx.Rngs(0),
     )
 
@@ -371,6 +385,13 @@ def test_a_second_text_is_not_compiled_anew(monkeypatch):
     texts.append(generate(jax.random.key(0), model, prompt, num_tokens=3))
     assert traced and len(calls) == traced
     assert_equal(*texts)
+
+
+def test_texts_are_drawn_without_dropout():
+    model, prompt = language_model("w", dropout=0.9), jnp.zeros((B, 2), jnp.int32)
+    fixed = nnx.view(model, deterministic=True)
+    draw = functools.partial(generate, jax.random.key(0), prompt=prompt, num_tokens=8)
+    assert_equal(draw(model), draw(fixed))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def test_a_folder_is_its_text_files_in_an_order_of_their_own(tmp_path):
     for i, name in enumerate(names):
         (tmp_path / ("inner" if i % 2 else ".") / name).write_text(f"<{name}>")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\x00")
+    (tmp_path / "half.gz").write_bytes(gzip.compress(b"a log")[:-4])
     first, again = text.load(str(tmp_path)), text.load(str(tmp_path))
     whole = b"".join(part.tobytes() for part in first[:3]).decode()
     assert sorted(whole.split("\n")) == [f"<{name}>" for name in names]
@@ -50,7 +51,7 @@ def test_a_zip_file_is_refused(tmp_path):
         text.load(str(tmp_path / "enwik8.zip"))
 
 
-@pytest.mark.parametrize("name", ["nowhere.txt", "/no/such/folder", "Book", "", "../nowhere"])
+@pytest.mark.parametrize("name", ["nowhere.txt", "/no/such/folder", "a/b.gz", "", "../nowhere"])
 def test_a_missing_text_is_named(name):
     with pytest.raises(data.DataError, match=f"--corpus={name}: there is no such file or folder"):
         text.load(name)

@@ -80,6 +80,19 @@ def test_solved_is_the_first_low_loss(losses, solved):
     assert transformer.when_solved(dict(zip(range(0, 250, 50), losses, strict=False))) == solved
 
 
+@pytest.mark.parametrize(
+    ("layer", "extent"), [("b", (0, 24, 24, 0)), ("t", (0, 22, 20, 0)), ("s", (0, 22, 22, 0))]
+)
+def test_pictures_are_in_units_of_tokens(layer, extent):
+    """Blocks are of 8 tokens and go beyond the end; of rows there is one in every 4 tokens."""
+    options = {"layers": layer, "length": 32, "features": 8, "num_heads": 2}
+    model = transformer.make_model(transformer.Config(**options, block=8, stride=4))
+    first, second = transformer.draw_patterns(model, np.zeros(22, np.int32)).axes
+    for axes in (first, second):
+        assert tuple(axes.images[0].get_extent()) == extent
+        assert axes.get_xlim() == (0, 22) and axes.get_ylim() == (22, 0)
+
+
 def test_pictures_show_the_largest_weight_of_each_square():
     weights = np.zeros((600, 600), np.float32)
     weights[599, 0] = 1

@@ -132,7 +132,7 @@ def open_tfds(
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise DataError(f"{flag}: {str(error).splitlines()[0]}{otherwise}") from error
     _require(f"{flag}: features", features, builder.info.features)
     if not builder.is_prepared():
@@ -203,22 +203,27 @@ def _find(folder: pathlib.Path, stem: str, ndim: int) -> pathlib.Path:
     raise DataError(f"{folder}: found none of {', '.join(names)}")
 
 
-def read(path: pathlib.Path) -> bytes:
-    """The content of a file, unpacked where that is gzip.
+def read(path: pathlib.Path, *, unpack: bool) -> bytes:
+    """The content of a file.
+
+    Args:
+      path: of the file.
+      unpack: whether what is gzipped comes plain.
 
     Raises:
-      DataError: it cannot be read.
+      DataError: it cannot be read, or unpacked.
     """
     try:
         content = path.read_bytes()
-        return gzip.decompress(content) if content.startswith(_GZIP_MAGIC) else content
+        zipped = unpack and content.startswith(_GZIP_MAGIC)
+        return gzip.decompress(content) if zipped else content
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 def _read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:
     """Reads a file of unsigned bytes: two zeros, 8, the rank, big-endian sizes, then the bytes."""
-    content = read(path)
+    content = read(path, unpack=True)
     magic = bytes([0, 0, 8, ndim])
     if content[:4] != magic:
         raise DataError(f"{path}: starts with 0x{content[:4].hex()}, wanted 0x{magic.hex()}")

@@ -94,7 +94,8 @@ def launch(
     cannot be used or a loss that is not finite, 130 for Ctrl-C.
     """
     # A text may hold what a terminal cannot show.
-    sys.stdout.reconfigure(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         config, workdir = _parse(config_class, sys.argv)
     except (flags.Error, ValueError) as error:
@@ -157,7 +158,8 @@ def _make_workdir(workdir: str | None, task: str) -> pathlib.Path:
     if workdir is not None:
         path = pathlib.Path(workdir)
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        # What a run leaves that ended before it began.
+        if {entry.name for entry in path.iterdir()} - {"config.json"}:
             raise FileExistsError(f"{path} is not empty, want a new folder or an empty one")
         return path
     name = f"{task}-{datetime.datetime.now():%Y%m%d-%H%M%S}"

@@ -3,7 +3,6 @@
 import hashlib
 import os.path
 import pathlib
-import re
 import sysconfig
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -14,8 +13,8 @@ from train.data import DataError, open_tfds, read
 
 NUM_BYTES = 256
 _ZIP_MAGIC = b"PK\x03\x04"
-# What tensorflow-datasets calls a set, as far as it could not be a path: name/config:1.0.0.
-_TFDS_NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w.\-+]+)?(:[\d.*]+)?")
+# No set of tensorflow-datasets is called like this.
+_SUFFIXES = (".txt", ".md", ".gz", ".zip")
 _MOST_BYTES = 2**31 - 1
 
 
@@ -64,10 +63,10 @@ def load(name: str, data_dir: str | None = None) -> Corpus:
     elif os.path.isdir(name):
         text = _join(path, [file for file in path.rglob("*") if file.is_file()])
     elif os.path.isfile(name):
-        text = read(path)
+        text = read(path, unpack=True)
         if text.startswith(_ZIP_MAGIC):
             raise DataError(f"--corpus={name}: is a zip file, want what is in it")
-    elif not _TFDS_NAME.fullmatch(name):
+    elif not name or name[0] in "/.~" or path.suffix in _SUFFIXES:
         raise DataError(f"--corpus={name}: there is no such file or folder")
     else:
         (examples,) = open_tfds(
@@ -128,7 +127,7 @@ def _join(folder: pathlib.Path, files: Iterable[pathlib.Path]) -> bytes:
     def key(file: pathlib.Path) -> bytes:
         return hashlib.sha256(file.relative_to(folder).as_posix().encode()).digest()
 
-    texts = [read(file) for file in sorted(files, key=key)]
+    texts = [read(file, unpack=False) for file in sorted(files, key=key)]
     return b"\n".join(text for text in texts if _is_text(text))
 
 

@@ -50,9 +50,12 @@ _NUM_TOKENS = 64
 _SOLVED, _OFFSET_INTERVAL, _OFFSET_AVERAGE = 0.001, 50, 0.98
 
 
-def _by_task(name: str, help: str, **bounds: float) -> Any:
+def _by_task(
+    name: str, help: str, *, minimum: float | None = None, above: float | None = None
+) -> Any:
     values = [f"{defaults[name]} for {task}" for task, defaults in _DEFAULTS.items()]
-    return launcher.flag(None, f"{help} By default {', '.join(values)}.", **bounds)
+    help = f"{help} By default {', '.join(values)}."
+    return launcher.flag(None, help, minimum=minimum, above=above)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +226,7 @@ def draw_patterns(model: TransformerLM, tokens: np.ndarray) -> Figure:
 
 def _has_patterns(config):
     """Whether there is anything to draw."""
-    without = "dt" if config.length < config.stride else "d"
+    without = "dt" if min(config.length, _TOKENS_DRAWN) < config.stride else "d"
     return not set(config.layers) <= set(without)
 
 

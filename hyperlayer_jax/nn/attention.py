@@ -47,7 +47,8 @@ class SparseSelfAttention(nnx.Module):
     """Self-attention in which every token attends to a few positions that are learned.
 
     Around each position there are its two neighbours, `num_global` points of all and `num_local`
-    near it, so that a token attends to at most (2 + `num_global` + `num_local`) `num_tuples` keys.
+    near it, so that a token attends to at most (2 + `num_global` + `num_local`) `num_tuples` keys
+    ("learned2d" and "block" count otherwise, see there).
     In training the points are drawn, and their weights carry gradients; where deterministic, they
     are fixed by the mean and sigma. Either way the cost grows linearly with the length, for all
     patterns but "dense":
@@ -56,8 +57,9 @@ class SparseSelfAttention(nnx.Module):
       all tokens where not causal), and says how far away to look, and how widely.
     - "static": distances that are parameters, the same for every token.
     - "learned2d": rows and columns of the attention matrix are both parameters: of `num_tuples`
-      entries for each of its `max_length` rows, free to leave that row. Costs as much as
-      `max_length` tokens however few there are, and so for each call of `extend`.
+      entries for each of its `max_length` rows, each with four neighbours and free to leave its
+      row. Costs as much as `max_length` tokens however few there are, and so in each call of
+      `extend`.
     - "strided": "learned", for one token in every `stride`; the others see only themselves.
     - "window": the last `window` tokens, or those around where not causal.
     - "block": "learned" on a coarser grid: every `block` consecutive tokens attend to their own
@@ -237,7 +239,7 @@ class SparseSelfAttention(nnx.Module):
         return self._pattern(x, mask)
 
     def init_cache(self, batch: int) -> AttentionCache:
-        """An empty cache for `extend`.
+        """An empty cache for `extend`, of the dtype of the layer, float32 where that is None.
 
         Args:
           batch: B, how many sequences of up to max_length tokens.
