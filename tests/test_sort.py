@@ -76,7 +76,7 @@ def test_without_samples_it_is_the_exact_stable_sort(s, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("s", [1, 4, 5, 7, 8, 15, 17, 31, 33])
+@pytest.mark.parametrize("s", [1, 4, 7, 8, 17, 33])
 def test_any_size_is_sorted(s):
     test_without_samples_it_is_the_exact_stable_sort(s, "ties")
     x, scores = example(s)
