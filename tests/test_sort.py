@@ -209,7 +209,7 @@ def test_gradients_reach_every_item_and_score(proposal):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("proposal", PROPOSALS)
-@pytest.mark.parametrize("s", [3, 6])
+@pytest.mark.parametrize("s", [5])
 def test_gradients_match_finite_differences(s, proposal):
     with jax.enable_x64(True):
         x, scores = example(s, dtype=jnp.float64)
