@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType
@@ -13,6 +14,9 @@ from hyperlayer_jax import IndexTuples
 
 NUM_DEVICES = 8
 FLOATS = (jnp.float32, jnp.bfloat16)
+
+# Calls a module, compiled.
+call = nnx.jit(lambda module, *arguments: module(*arguments))
 
 
 def floats(low, high, shape, dtype=jnp.float32):

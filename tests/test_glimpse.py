@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import call
 from PIL import Image
 from scipy import ndimage
 
@@ -18,8 +19,6 @@ from train import glimpse
 
 RANDOM = np.random.default_rng(0)
 IMAGE = (9, 12)
-
-call = nnx.jit(lambda module, *arguments: module(*arguments))
 
 
 def unit(i, n):

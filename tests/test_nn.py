@@ -11,13 +11,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from laws import FLOATS, assert_close, assert_equal, random_tuples
+from laws import FLOATS, assert_close, assert_equal, call, random_tuples
 
 import hyperlayer_jax as hl
 from hyperlayer_jax import nn
 from hyperlayer_jax.nn.linear import TokenLinear
-
-call = nnx.jit(lambda module, *arguments: module(*arguments))
 
 OUT, IN = (3, 2), (4,)
 OPTIONS = {"num_global": 2, "num_local": 2, "region": 2}

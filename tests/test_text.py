@@ -57,17 +57,21 @@ def test_a_missing_text_is_named(name):
         text.load(name)
 
 
-def test_a_name_may_be_of_tensorflow_datasets(monkeypatch):
-    texts = [f"{i} or not {i}\n".encode() for i in range(100)]
+def pretend(monkeypatch, prepared, **options):
+    """Puts a module in place of tensorflow-datasets; returns the `info` of its only set."""
     info = types.SimpleNamespace(features=["id", "text"], splits=["train"])
     builder = types.SimpleNamespace(
-        info=info,
-        data_dir="somewhere",
-        is_prepared=lambda: True,
-        as_data_source=lambda split: [{"text": text} for text in texts],
+        info=info, data_dir="somewhere", is_prepared=lambda: prepared, **options
     )
     module = types.SimpleNamespace(builder=lambda *_, **__: builder)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+    return info
+
+
+def test_a_name_may_be_of_tensorflow_datasets(monkeypatch):
+    texts = [f"{i} or not {i}\n".encode() for i in range(100)]
+    examples = [{"text": text} for text in texts]
+    info = pretend(monkeypatch, True, as_data_source=lambda split: examples)
     corpus = text.load("lm/small:1.0.0")
     assert b"".join(part.tobytes() for part in corpus[:3]) == b"\n".join(texts)
     info.splits = ["test"]
@@ -82,14 +86,7 @@ def test_a_set_that_cannot_be_prepared_is_an_error(monkeypatch):
     def refuse():
         raise AssertionError("download it yourself")
 
-    builder = types.SimpleNamespace(
-        info=types.SimpleNamespace(features=["text"], splits=["train"]),
-        data_dir="somewhere",
-        is_prepared=lambda: False,
-        download_and_prepare=refuse,
-    )
-    module = types.SimpleNamespace(builder=lambda *_, **__: builder)
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+    pretend(monkeypatch, False, download_and_prepare=refuse)
     monkeypatch.setattr(data, "_why_not_to_prepare", lambda: None)
     with pytest.raises(data.DataError, match=r"--corpus=lm .* prepared: .*download it yourself"):
         text.load("lm")

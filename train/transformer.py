@@ -50,12 +50,9 @@ _NUM_TOKENS = 64
 _SOLVED, _OFFSET_INTERVAL, _OFFSET_AVERAGE = 0.001, 50, 0.98
 
 
-def _by_task(
-    name: str, help: str, *, minimum: float | None = None, above: float | None = None
-) -> Any:
+def _by_task(name: str, help: str) -> str:
     values = [f"{defaults[name]} for {task}" for task, defaults in _DEFAULTS.items()]
-    help = f"{help} By default {', '.join(values)}."
-    return launcher.flag(None, help, minimum=minimum, above=above)
+    return f"{help} By default {', '.join(values)}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +67,16 @@ class Config(launcher.Config):
     )
     data_dir: str | None = launcher.flag(None, "Where tensorflow-datasets keeps its sets.")
     offset: int = launcher.flag(100, "How far back the offset task asks.", minimum=1)
-    layers: str | None = _by_task(
-        "layers",
-        "A letter for each layer: l learned, s static, 2 learned2d, t strided, w window, b block, "
-        "d dense.",
+    layers: str | None = launcher.flag(
+        None,
+        _by_task(
+            "layers",
+            "A letter for each layer: l learned, s static, 2 learned2d, t strided, w window, "
+            "b block, d dense.",
+        ),
     )
-    positions: Literal["rotary", "learned", "none"] | None = _by_task(
-        "positions", "How layers know the place of a token."
+    positions: Literal["rotary", "learned", "none"] | None = launcher.flag(
+        None, _by_task("positions", "How layers know the place of a token.")
     )
     length: int | None = launcher.flag(
         None,
@@ -84,13 +84,17 @@ class Config(launcher.Config):
         "than the offset, in multiples of 64.",
         minimum=2,
     )
-    features: int | None = _by_task("features", "Width of the model.", minimum=1)
-    num_heads: int | None = _by_task("num_heads", "Heads of attention.", minimum=1)
-    num_tuples: int | None = _by_task(
-        "num_tuples", "Learned positions per token and head.", minimum=1
+    features: int | None = launcher.flag(
+        None, _by_task("features", "Width of the model."), minimum=1
     )
-    num_global: int | None = _by_task(
-        "num_global", "Points per position drawn from all.", minimum=0
+    num_heads: int | None = launcher.flag(
+        None, _by_task("num_heads", "Heads of attention."), minimum=1
+    )
+    num_tuples: int | None = launcher.flag(
+        None, _by_task("num_tuples", "Learned positions per token and head."), minimum=1
+    )
+    num_global: int | None = launcher.flag(
+        None, _by_task("num_global", "Points per position drawn from all."), minimum=0
     )
     num_local: int = launcher.flag(2, "Points per position drawn near it.", minimum=0)
     region: int = launcher.flag(8, "Positions that count as near.", minimum=1)
@@ -101,9 +105,11 @@ class Config(launcher.Config):
         0.0, "Share of outputs dropped in training.", minimum=0.0, below=1
     )
     bfloat16: bool = launcher.flag(False, "Computes in bfloat16.")
-    steps: int | None = _by_task("steps", "Number of updates.", minimum=1)
+    steps: int | None = launcher.flag(None, _by_task("steps", "Number of updates."), minimum=1)
     batch_size: int = launcher.flag(8, "Examples in an update.", minimum=1)
-    learning_rate: float | None = _by_task("learning_rate", "Highest step size.", above=0)
+    learning_rate: float | None = launcher.flag(
+        None, _by_task("learning_rate", "Highest step size."), above=0
+    )
     warmup: int = launcher.flag(
         100, "Updates until the step size is highest; half of --steps at most.", minimum=0
     )
@@ -197,8 +203,11 @@ def _weights(graphdef, state, tokens):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), dense)
 
 
-def draw_patterns(model: TransformerLM, tokens: np.ndarray) -> Figure:
-    """Where the heads of each layer but dense ones look in tokens int32 [T], in evaluation."""
+def draw_patterns(model: TransformerLM, tokens: np.ndarray) -> Figure | None:
+    """Where the heads of each layer look in tokens int32 [T], in evaluation.
+
+    Layers without a pattern are left out; None if there is no other.
+    """
     graphdef, state = nnx.split(nnx.view(model, deterministic=True))
     length, pictures = len(tokens), []
     for index, heads in enumerate(_weights(graphdef, state, tokens)):
@@ -210,6 +219,8 @@ def draw_patterns(model: TransformerLM, tokens: np.ndarray) -> Figure:
             width = (layer.block if layer.kind == "block" else 1) * squares[1]
             extent = (0, width * weights.shape[1], height * weights.shape[0], 0)
             pictures.append((f"layer {index} ({layer.kind}), head {head}", weights, extent))
+    if not pictures:
+        return None
     columns = min(len(pictures), 4)
     rows = math.ceil(len(pictures) / columns)
     figure = Figure(figsize=(3.2 * columns, 3.4 * rows), dpi=110, layout="constrained")
@@ -224,10 +235,13 @@ def draw_patterns(model: TransformerLM, tokens: np.ndarray) -> Figure:
     return figure
 
 
-def _has_patterns(config):
-    """Whether there is anything to draw."""
-    without = "dt" if min(config.length, _TOKENS_DRAWN) < config.stride else "d"
-    return not set(config.layers) <= set(without)
+def _save_patterns(model: TransformerLM, tokens: np.ndarray, path: pathlib.Path) -> list[str]:
+    """Writes the picture of tokens int32 [T]; the names of what was written: one, or none."""
+    picture = draw_patterns(model, tokens[:_TOKENS_DRAWN])
+    if picture is None:
+        return []
+    figures.save_png(picture, path)
+    return [str(path)]
 
 
 def _squares(weights):
@@ -261,7 +275,7 @@ def train_on_text(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     text.windows(corpus.train, config.length, 1)
     size = sum(len(part) for part in corpus[:3])
     print(f"{config.corpus}: {size} bytes, sha256 {corpus.sha256}", flush=True)
-    drawn = _has_patterns(config)
+    pictures = []
 
     def loss_fn(model, key, step, fit):
         del step
@@ -271,9 +285,9 @@ def train_on_text(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         return loss, {"bits_per_byte": loss / math.log(2)}
 
     def evaluate(model, step):
-        if drawn and step in (0, config.steps):
-            picture = draw_patterns(model, validation[0, :-1][:_TOKENS_DRAWN].astype(np.int32))
-            figures.save_png(picture, workdir / f"attention-{step}.png")
+        if step in (0, config.steps):
+            tokens = validation[0, :-1].astype(np.int32)
+            pictures.extend(_save_patterns(model, tokens, workdir / f"attention-{step}.png"))
         return {"validation_bits_per_byte": bits_per_byte(model, validation)}
 
     model = make_model(config)
@@ -297,9 +311,8 @@ def train_on_text(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     for name, figure in (("this model", "bits_per_byte"), ("bigrams", "bigram")):
         print(f"  {name:12}  {result[figure]:.4f}")
     print(f"  {'unigrams':12}  {result['unigram']:.4f}")
-    if drawn:
-        names = ", ".join(str(workdir / f"attention-{step}.png") for step in (0, config.steps))
-        print(f"pictures: {names}")
+    if pictures:
+        print(f"pictures: {', '.join(pictures)}")
     return {**result, **run, "test_examples": len(test), "sha256": corpus.sha256}
 
 
@@ -369,9 +382,8 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     solved_at, steady = when_solved({step: sampled for step, (sampled, _) in history.items()})
     loss = history[config.steps][1]
     print(f"offset {config.offset}: solved at step {solved_at}, steady {steady}, loss {loss:.2g}")
-    if _has_patterns(config):
-        picture, tokens = workdir / "attention.png", np.zeros(config.length, np.int32)
-        figures.save_png(draw_patterns(model, tokens[:_TOKENS_DRAWN]), picture)
+    tokens = np.zeros(config.length, np.int32)
+    for picture in _save_patterns(model, tokens, workdir / "attention.png"):
         print(f"picture: {picture}")
     count = config.batch_size * (config.length - config.offset)
     result = {"solved_at": solved_at, "steady": steady, **run, "loss": loss}

@@ -336,13 +336,13 @@ class SparseSelfAttention(nnx.Module):
         others = self._others(x, mask)
         if self.kind == "block":
             first, exists = np.s_[:, :: self.block], None
-            if mask is not None:
-                # A block begins with a token that need not exist, and may have others that do.
-                x = jnp.where(mask[..., None], x, 0)
-                exists = jnp.pad(mask, [(0, 0), (0, -length % self.block)])
-                exists = exists.reshape(len(x), -1, self.block).any(-1)
             x, others = x[first], others[first]
             rows = rows[: x.shape[1]]
+            if mask is not None:
+                # A block begins with a token that need not exist, and may have others that do.
+                x = jnp.where(mask[first][..., None], x, 0)
+                exists = jnp.pad(mask, [(0, 0), (0, -length % self.block)])
+                exists = exists.reshape(len(x), -1, self.block).any(-1)
             raw = self.positions.raw(x, others, rows)
             blocks, weights = self._blocks(raw, rows, rows.size, exists)
             return RowSparseTensor(blocks[..., None], weights, (rows.size,), (rows.size,))
