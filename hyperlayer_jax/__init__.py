@@ -4,9 +4,9 @@ P. Bloem, "Learning sparse transformations through backpropagation", arXiv 1810.
 """
 
 from hyperlayer_jax.attention import sparse_attention
-from hyperlayer_jax.density import redistribute
+from hyperlayer_jax.density import duplicate_mask, redistribute
 from hyperlayer_jax.hyperlayer import apply_template, discretize, round_tuples
-from hyperlayer_jax.sampling import duplicate_mask, sample_indices
+from hyperlayer_jax.sampling import sample_indices
 from hyperlayer_jax.sort import SoftSort, bucket_starts, soft_quicksort
 from hyperlayer_jax.tensors import contract, sparse_softmax, todense, transpose
 from hyperlayer_jax.transforms import transform_means, transform_sigmas

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperlayer_jax import checks, kernels
-from hyperlayer_jax.kernels.xla import accumulator
+from hyperlayer_jax.kernels import accumulator
 from hyperlayer_jax.tensors import sparse_softmax
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 

@@ -1,15 +1,18 @@
 """Redistribution: each tuple spreads its value over the points of its chunk."""
 
 import jax
+import jax.numpy as jnp
 
 from hyperlayer_jax import checks, kernels
-from hyperlayer_jax.kernels.xla import accumulator
-from hyperlayer_jax.sampling import duplicate_mask
 from hyperlayer_jax.types import IndexTuples
 
 
 def redistribute(
-    indices: jax.Array, tuples: IndexTuples, *, where: jax.Array | None = None
+    indices: jax.Array,
+    tuples: IndexTuples,
+    *,
+    where: jax.Array | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Spreads the value of every tuple over the points of its chunk, by Gaussian density.
 
@@ -26,6 +29,7 @@ def redistribute(
       indices: int32 [*B, m, r], the points.
       tuples: means and sigmas [*B, k, r] (sigmas >= 0), values [*B, k].
       where: bool [*B, m], the allowed points; all where None.
+      implementation: the kernel backend, chosen by device where None.
 
     Returns:
       [*B, m], of the dtype of `tuples.values`. Computed in float32 (float64 for float64 tuples).
@@ -42,12 +46,28 @@ def redistribute(
             f"indices: got shape {indices.shape}, want [*B, m, r] with the *B and r of "
             f"tuples.means, {tuples.means.shape}"
         )
-    allowed = ~duplicate_mask(indices)
     if where is not None:
         checks.check_mask("where", where, (*leading, m))
-        allowed &= where
-
-    dtype = accumulator(tuples.values.dtype)
+    dtype = jnp.promote_types(tuples.means.dtype, tuples.sigmas.dtype)
+    dtype = kernels.accumulator(jnp.promote_types(dtype, tuples.values.dtype))
     means, sigmas, values = (x.astype(dtype) for x in (tuples.means, tuples.sigmas, tuples.values))
-    shares = kernels.redistribute(indices, means, sigmas, values, allowed)
+    shares = kernels.redistribute(
+        indices, means, sigmas, values, where=where, implementation=implementation
+    )
     return shares.astype(tuples.values.dtype)
+
+
+def duplicate_mask(indices: jax.Array) -> jax.Array:
+    """Marks every copy of a point but the first, exactly, for all int32 coordinates.
+
+    Args:
+      indices: int32 [*B, m, r].
+
+    Returns:
+      bool [*B, m], True where an earlier point of the same chunk has the same coordinates.
+
+    Raises:
+      ValueError: `indices` is not int32 [*B, m, r].
+    """
+    checks.check_indices("indices", indices, 2, "[*B, m, r]")
+    return kernels.duplicate_mask(indices)

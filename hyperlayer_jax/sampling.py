@@ -1,6 +1,5 @@
-"""Integer points around real-valued means, and which of them are copies."""
+"""Integer points around real-valued means."""
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,14 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax import checks
-from hyperlayer_jax.kernels.xla import FEW_POINTS, accumulator, stored
+from hyperlayer_jax.kernels import accumulator, materialize_points
 from hyperlayer_jax.transforms import last_indices
 
-# Up to this many points, comparing all pairs beats hashing: at once, or point by point (measured on
-# CPU).
-_MAX_PAIRWISE, _MAX_LOOP = 32, 256
-_UNROLL = 8
-_SLOTS_PER_POINT = 4
 # Where in its cell a fixed point lies: about the middle, but irrational, so that the quantiles of a
 # flat Gaussian are not halfway between indices, where compilers may round to either.
 _OFFSET = 5**0.5 / 4
@@ -144,11 +138,7 @@ def _join(points):
     """Points [*B, k, n, r] of several kinds, tuple by tuple: [*B, m, r]."""
     points = jnp.concatenate(points, axis=-2)
     *leading, k, n, r = points.shape
-    points = points.reshape(*leading, k * n, r)
-    # In memory, few points have the chunks last, as what is made of them has.
-    if k * n >= FEW_POINTS or not leading:
-        return stored(points)
-    return jnp.moveaxis(stored(jnp.moveaxis(points, -3, -1)), -1, -3)
+    return materialize_points(points.reshape(*leading, k * n, r))
 
 
 def _quantiles(shares, means, sigmas, shape):
@@ -206,74 +196,3 @@ def _to_indices(whole: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     whole = whole.astype(accumulator(whole.dtype))
     last = last_indices(shape, whole.dtype).reshape((1,) * (whole.ndim - 1) + (-1,))
     return jnp.clip(whole, 0, last).astype(jnp.int32)
-
-
-def duplicate_mask(indices: jax.Array) -> jax.Array:
-    """Marks every copy of a point but the first.
-
-    Exact for all int32 coordinates. Few points are compared in pairs. Others are hashed into a
-    table; where two different points meet in a slot, the earlier one is settled and the others are
-    hashed anew. No arithmetic is done on coordinates; memory, and for many points time, is linear
-    in m.
-
-    Args:
-      indices: int32 [*B, m, r].
-
-    Returns:
-      bool [*B, m], True where an earlier point of the same chunk has the same coordinates.
-
-    Raises:
-      ValueError: `indices` is not int32 [*B, m, r].
-    """
-    checks.check_indices("indices", indices, 2, "[*B, m, r]")
-    *leading, m, r = indices.shape
-    if m <= _MAX_PAIRWISE:
-        axis = 0 if m < FEW_POINTS else len(leading)
-        columns = [jnp.moveaxis(indices[..., a], -1, axis) for a in range(r)]
-        pairs = [jnp.expand_dims(x, axis + 1) == jnp.expand_dims(x, axis) for x in columns]
-        same = functools.reduce(jnp.logical_and, pairs)
-        position = jax.lax.broadcasted_iota(jnp.int32, columns[0].shape, axis)
-        first = jnp.where(same, jnp.expand_dims(position, axis), m).min(axis + 1, initial=m)
-        return jnp.moveaxis(first < position, axis, -1)
-
-    if m <= _MAX_LOOP:
-        columns = [jnp.moveaxis(indices[..., a], -1, 0) for a in range(r)]
-        position = jax.lax.broadcasted_iota(jnp.int32, columns[0].shape, 0)
-
-        def compare(j, first):
-            pairs = [x == jax.lax.dynamic_slice_in_dim(x, j, 1) for x in columns]
-            same = functools.reduce(jnp.logical_and, pairs)
-            return jnp.where(same, jnp.minimum(first, j), first)
-
-        first = jax.lax.fori_loop(0, m, compare, jnp.full_like(columns[0], m), unroll=_UNROLL)
-        return jnp.moveaxis(first < position, 0, -1)
-
-    points = indices.reshape(-1, m, r)
-    chunks = points.shape[0]
-    chunk = jnp.arange(chunks, dtype=jnp.int32)[:, None]
-    position = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32)[None], (chunks, m))
-    num_bits = (_SLOTS_PER_POINT * m - 1).bit_length()
-
-    def settle(state):
-        salt, open_, copy = state
-        slot = jnp.where(open_, _hash(points, salt, num_bits), 2**num_bits)
-        table = jnp.full((chunks, 2**num_bits), m, jnp.int32)
-        table = table.at[chunk, slot].min(position, mode="drop")
-        winner = jnp.where(open_, table.at[chunk, slot].get(mode="clip"), 0)
-        same = open_ & (points == points.at[chunk, winner].get(mode="clip")).all(-1)
-        return salt + 1, open_ & ~same, copy | (same & (winner != position))
-
-    # All True, and inside `shard_map` varying over the mesh axes that the points vary over.
-    open_ = points[..., 0] == points[..., 0]
-    state = (jnp.uint32(1), open_, jnp.zeros_like(open_))
-    _, _, copy = jax.lax.while_loop(lambda state: state[1].any(), settle, state)
-    return copy.reshape(*leading, m)
-
-
-def _hash(points: jax.Array, salt: jax.Array, num_bits: int) -> jax.Array:
-    """Hashes int32 [..., r] to int32 [...] in [0, 2^num_bits): rounds of multiply and xor-shift."""
-    state = salt * jnp.uint32(0x85EBCA6B)
-    for a in range(points.shape[-1]):
-        state = (state ^ points[..., a].astype(jnp.uint32)) * jnp.uint32(0x9E3779B1)
-        state = state ^ (state >> 15)
-    return ((state * jnp.uint32(0x85EBCA6B)) >> (32 - num_bits)).astype(jnp.int32)

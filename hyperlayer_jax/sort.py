@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax import checks
-from hyperlayer_jax.kernels.xla import accumulator
-from hyperlayer_jax.sampling import duplicate_mask
+from hyperlayer_jax.density import duplicate_mask
+from hyperlayer_jax.kernels import accumulator
 from hyperlayer_jax.tensors import contract
 from hyperlayer_jax.types import RowSparseTensor
 

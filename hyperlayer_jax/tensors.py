@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax import checks, kernels
-from hyperlayer_jax.kernels.xla import accumulator
+from hyperlayer_jax.kernels import accumulator
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax import checks
-from hyperlayer_jax.kernels.xla import stored
+from hyperlayer_jax.kernels import materialize
 
 
 def transform_means(raw: jax.Array, shape: Sequence[int], *, method: str = "sigmoid") -> jax.Array:
@@ -30,7 +30,7 @@ def transform_means(raw: jax.Array, shape: Sequence[int], *, method: str = "sigm
     shape = checks.check_shape("shape", shape, raw.shape[-1])
     last = _like(last_indices(shape, raw.dtype), raw)
     if method == "sigmoid":
-        return stored(jax.nn.sigmoid(raw)) * last
+        return materialize(jax.nn.sigmoid(raw)) * last
     if method == "clip":
         return jnp.clip(raw, 0, last)
     raise ValueError(f'method: got {method!r}, want "sigmoid" or "clip"')
@@ -62,7 +62,7 @@ def transform_sigmas(
         raise ValueError(f"scale: got {scale}, want > 0")
     if not minimum >= 0:
         raise ValueError(f"minimum: got {minimum}, want >= 0")
-    unit = stored(jax.nn.softplus(raw))[..., None]
+    unit = materialize(jax.nn.softplus(raw))[..., None]
     sigmas = unit * _like((scale * np.asarray(shape)).astype(raw.dtype), unit)
     return jnp.maximum(sigmas + minimum, jnp.finfo(raw.dtype).tiny)
 

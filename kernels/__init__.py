@@ -1,22 +1,23 @@
 """Sparse operations on raw arrays: one meaning in plain JAX, faster kernels where proven."""
 
-from .api import (
-    block_attention,
-    ell_sddmm,
-    ell_spmm,
-    ell_spmm_transposed,
-    gathered_attention,
-    redistribute,
-    sddmm,
-    spmm,
-)
+from .attention import block_attention, gathered_attention
+from .dispatch import implementations
+from .numerics import accumulator, in_bounds, materialize
+from .products import ell_sddmm, ell_spmm, ell_spmm_transposed, sddmm, spmm
+from .redistribution import duplicate_mask, materialize_points, redistribute
 
 __all__ = [
+    "accumulator",
     "block_attention",
+    "duplicate_mask",
     "ell_sddmm",
     "ell_spmm",
     "ell_spmm_transposed",
     "gathered_attention",
+    "implementations",
+    "in_bounds",
+    "materialize",
+    "materialize_points",
     "redistribute",
     "sddmm",
     "spmm",

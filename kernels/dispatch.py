@@ -1,103 +1,197 @@
-"""The one choice of backend, and what runs it.
+"""Who serves an operation: plain JAX on every device, and the kernels of a backend.
 
-`implementation=None` picks a backend at trace time; a name forces that backend. Where a forced
-kernel is lowered for a CPU it runs in the interpret mode of Pallas; `None` runs plain JAX there.
+`implementation=` names a backend, or is None for what is best on the device at hand:
 
-To add a backend:
+- "reference": the meaning of the operation, plain JAX that is good on any device;
+- "cpu": the same, made fast where XLA on CPU needs help;
+- "mosaic_gpu", "triton", "tpu": Pallas kernels.
 
-1. Write `<name>.py` beside `xla.py`: any of its functions, under their names and signatures, with a
-   keyword `interpret`, for operands of exactly one batch axis and no empty axis; and
-   `lacks(operation, *operands, **sizes)`: why it cannot serve these, in words, or "".
-2. List the name in `_BACKENDS`. A name forces it from then on.
-3. List in `_FASTER` where it is measured to be faster, for `implementation=None`.
+None takes a kernel where `FASTER` has a line for the device, and plain JAX elsewhere: "cpu" on
+CPUs, if there is one, and "reference" on other devices. Where a named kernel is lowered for a CPU,
+it runs in the interpret mode of Pallas.
+
+To add a backend to an operation: write `<backend>.py` into the operation's folder, with functions
+of the names and signatures of `reference.py`, a keyword `interpret`, for operands of exactly one
+batch axis, none of them empty, and `lacks(operation, *operands, **sizes)`, why it cannot serve
+these in words, or ""; and list it in `SERVES`. Once it is measured to be faster, list it in
+`FASTER`.
 """
 
 import functools
 import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from . import xla
+# The backends of each operation, and the folder that they are in.
+_PRODUCTS = ("reference", "cpu", "tpu")
+SERVES = {
+    "ell_spmm": _PRODUCTS,
+    "ell_spmm_transposed": _PRODUCTS,
+    "ell_sddmm": _PRODUCTS,
+    "spmm": _PRODUCTS,
+    "sddmm": _PRODUCTS,
+    "redistribute": ("reference", "cpu", "tpu"),
+    "shares": ("reference", "cpu"),
+    "duplicate_mask": ("reference", "cpu"),
+    "gathered_attention": ("reference", "triton", "tpu"),
+    "block_attention": ("reference", "mosaic_gpu", "tpu"),
+    "masked_block_attention": ("reference",),
+}
+_FOLDERS = dict.fromkeys(("redistribute", "shares", "duplicate_mask"), "redistribution")
+_FOLDERS |= dict.fromkeys(
+    ("gathered_attention", "block_attention", "masked_block_attention"), "attention"
+)
+_PLAIN = ("reference", "cpu")
+_PLATFORMS = {"mosaic_gpu": ("cuda",), "triton": ("cuda", "rocm"), "tpu": ("tpu",)}
+BACKENDS = (*_PLAIN, *_PLATFORMS)
 
-_BACKENDS = ("xla", "triton", "triton_deterministic", "mosaic_gpu", "tpu")
-# What `implementation=None` takes: for (platform, operation), pairs of a backend and a predicate of
-# the operands. The first whose predicate holds, and which lacks nothing, serves; else "xla". Empty,
-# since nothing has been measured on a GPU or TPU. A line that `benchmarks.run` could earn there:
-#   ("gpu", "ell_spmm"): [("triton", lambda indices, values, dense: dense.shape[-1] >= 16)],
-_FASTER = {}
+# The kernels that `implementation=None` takes, by the beginning of the name of the device (its
+# `device_kind`). Each line earned its place: right, with the same bits in each of eleven runs
+# unless it says otherwise, and faster than plain JAX at both lengths, 16k and 64k tokens. The H100
+# has the same instructions as the H200 on which this was measured.
+_HOPPER = {
+    # Forward and backward .74 and 2.55 ms, plain JAX 8.8 and 29.8 (benchmarks/results/h200.json).
+    "block_attention": "mosaic_gpu",
+    # 2.4 and 9.3 ms, plain JAX 3.9 and 14.5. Gradients of keys and values add up in any order, as
+    # those of plain JAX do on a GPU.
+    "gathered_attention": "triton",
+}
+FASTER = {"NVIDIA H200": _HOPPER, "NVIDIA H100": _HOPPER}
 
 
-def check(implementation):
+def implementations(operation: str) -> tuple[str, ...]:
+    """The backends that serve an operation.
+
+    Args:
+      operation: the name of a function of `hyperlayer_jax.kernels`, such as "ell_spmm".
+
+    Returns:
+      What its `implementation=` may be beside None, "reference" first.
+
+    Raises:
+      ValueError: there is no such operation.
+    """
+    if operation not in SERVES:
+        raise ValueError(f"operation: got {operation!r}, want one of {', '.join(SERVES)}")
+    return SERVES[operation]
+
+
+def check(implementation: str | None) -> None:
     """Raises a ValueError unless `implementation` is None or the name of a backend."""
-    if implementation not in (None, *_BACKENDS):
-        names = ", ".join(map(repr, _BACKENDS))
+    if implementation not in (None, *BACKENDS):
+        names = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"implementation: got {implementation!r}, want None or one of {names}")
 
 
-def _lacks(name, operation, operands, sizes):
-    """Why backend `name` cannot serve `operation` on these operands; empty where it can."""
-    module = _module(name)
-    if module is xla:
-        return ""
-    if not hasattr(module, operation):
-        return f"there is no {operation}"
-    return module.lacks(operation, *operands, **sizes)
-
-
-def _module(name):
-    return importlib.import_module(f"{__package__}.{name}")
-
-
-def _choose(implementation, operation, operands, sizes):
-    """The name of the backend to serve `operation`; the operands have exactly one batch axis."""
-    if implementation is None:
-        for name, faster in _FASTER.get((jax.default_backend(), operation), ()):
-            if faster(*operands, **sizes) and not _lacks(name, operation, operands, sizes):
-                return name
-        return "xla"
-    if lacks := _lacks(implementation, operation, operands, sizes):
-        raise NotImplementedError(f"implementation: got {implementation!r}, but {lacks}")
-    return implementation
-
-
-def run(implementation, operation, leading, results, *operands, **sizes):
-    """Runs an operation on the backend that serves it; empty sums are 0.
+def choose(
+    *,
+    implementation: str | None,
+    operation: str,
+    operands: Sequence[Any],
+    leading: int,
+    sizes: Any,
+    gradient: bool = False,
+) -> str | None:
+    """The backend to serve an operation, or None for what is plain JAX on the device.
 
     Args:
       implementation: a backend by name, or None to choose.
-      operation: the name of a function of `xla`.
+      operation: a name of `SERVES`.
+      operands: arrays [*B,...], or what else has shapes and dtypes.
       leading: the number of batch axes *B.
-      results: the shapes [*B,...] and dtypes of what it returns, a pytree.
-      *operands: arrays [*B,...].
-      **sizes: its static keywords.
+      sizes: the static keywords of the operation, a dict or its items.
+      gradient: whether it is the gradient of the operation that is wanted.
+
+    Raises:
+      NotImplementedError: the backend named cannot serve these operands.
+    """
+    flat = [
+        jax.ShapeDtypeStruct((math.prod(x.shape[:leading]), *x.shape[leading:]), x.dtype)
+        for x in operands
+    ]
+    lacks = functools.partial(_lacks, operation, gradient, flat, dict(sizes))
+    if implementation is None:
+        kind = jax.devices()[0].device_kind
+        for device, fastest in FASTER.items():
+            if kind.startswith(device) and (name := fastest.get(operation)) and not lacks(name):
+                return name
+        return None
+    if why := lacks(implementation):
+        raise NotImplementedError(f"implementation: got {implementation!r}, but {why}")
+    return implementation
+
+
+def _lacks(operation, gradient, operands, sizes, name):
+    """Why backend `name` cannot serve an operation on these operands; empty where it can."""
+    if name not in SERVES[operation]:
+        return f"there is no {operation}"
+    if name in _PLAIN or any(0 in x.shape for x in operands):
+        return ""
+    return _module(name, operation).lacks(operation + "_grad" * gradient, *operands, **sizes)
+
+
+def _module(name, operation):
+    folder = _FOLDERS.get(operation, "products")
+    return importlib.import_module(f"{__package__}.{folder}.{name}")
+
+
+def reference(operation: str) -> Callable[..., Any]:
+    """The meaning of an operation."""
+    return getattr(_module("reference", operation), operation)
+
+
+def run(
+    *,
+    implementation: str | None,
+    operation: str,
+    operands: Sequence[jax.Array],
+    leading: int,
+    sizes: dict[str, Any],
+    gradient: bool = False,
+    platform: str,
+    partitioned: bool,
+) -> Any:
+    """Runs an operation, or its gradient, on the backend that serves it.
+
+    Args:
+      implementation: see `choose`.
+      operation: see `choose`.
+      operands: arrays [*B,...], none of them empty.
+      leading: see `choose`.
+      sizes: see `choose`.
+      gradient: see `choose`.
+      platform: what the program is made for: "cpu", "cuda", "tpu" and so on.
+      partitioned: whether the compiler is to divide the program among devices, which it cannot do
+        with a kernel; inside `shard_map` it is divided already.
 
     Returns:
-      Arrays like `results`.
+      What the function of the backend returns, with batch axes *B.
+
+    Raises:
+      NotImplementedError: the backend named does not run on the platform.
     """
-    if any(0 in x.shape for x in (*operands, *jax.tree.leaves(results))):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
-    flat = [x.reshape(-1, *x.shape[leading:]) for x in operands]
-    name = _choose(implementation, operation, flat, sizes)
-    plain = functools.partial(getattr(xla, operation), **sizes)
-    if name == "xla":
-        return plain(*operands)
-    kernel = functools.partial(getattr(_module(name), operation), **sizes)
-    on_cpu = plain if implementation is None else functools.partial(kernel, interpret=True)
-    on_device = functools.partial(kernel, interpret=False)
-
-    @jax.custom_batching.custom_vmap
-    def serve(*operands):
-        return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=on_device)
-
-    @serve.def_vmap
-    def _(size, mapped, *operands):
-        operands = [
-            x if own else jnp.broadcast_to(x, (size, *x.shape))
-            for x, own in zip(operands, mapped, strict=True)
-        ]
-        out = serve(*(x.reshape(-1, *x.shape[2:]) for x in operands))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return jax.tree.map(lambda x, like: x.reshape(like.shape), serve(*flat), results)
+    name = choose(
+        implementation=implementation,
+        operation=operation,
+        operands=operands,
+        leading=leading,
+        sizes=sizes,
+        gradient=gradient,
+    )
+    runs_on = _PLATFORMS.get(name, ())
+    if implementation is None and (partitioned or platform not in runs_on):
+        name = "cpu" if platform == "cpu" and "cpu" in SERVES[operation] else "reference"
+    function = getattr(_module(name, operation), operation + "_grad" * gradient)
+    if name in _PLAIN:
+        return function(*operands, **sizes)
+    if platform not in ("cpu", *runs_on):
+        raise NotImplementedError(
+            f"implementation: got {name!r}, but it runs on {runs_on[0]}, not on {platform}"
+        )
+    batch = operands[0].shape[:leading]
+    flat = [x.reshape(math.prod(batch), *x.shape[leading:]) for x in operands]
+    out = function(*flat, **sizes, interpret=platform == "cpu")
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)

@@ -34,6 +34,7 @@ def redistribute(points, means, sigmas, values, where):
     points, means, sigmas, values = (
         np.asarray(a, np.float64) for a in (points, means, sigmas, values)
     )
+    where = where & ~duplicates(points)
     out = np.zeros(where.shape)
     for *batch, j in np.ndindex(values.shape):
         b = tuple(batch)
@@ -43,6 +44,12 @@ def redistribute(points, means, sigmas, values, where):
             shares = np.exp(logits - logits.max())
             out[b][where[b]] += values[b][j] * shares / shares.sum()
     return out
+
+
+def duplicates(points):
+    """Every copy of a point of [*B,m,r] but the first."""
+    same = (points[..., :, None, :] == points[..., None, :, :]).all(-1)
+    return np.tril(same, -1).any(-1)
 
 
 def gathered_attention(q, k, v, indices, log_weights):
@@ -60,7 +67,7 @@ def gathered_attention(q, k, v, indices, log_weights):
     return out
 
 
-def block_attention(q, k, v, block_indices, log_weights, block, causal):
+def block_attention(q, k, v, block_indices, log_weights, block, causal, mask=None):
     """Every key of a block as an entry of its own, of every query of the row."""
     keys = np.repeat(block_indices * block, block, axis=-1)
     keys = np.repeat(keys + np.tile(np.arange(block), block_indices.shape[-1]), block, axis=-2)
@@ -68,4 +75,8 @@ def block_attention(q, k, v, block_indices, log_weights, block, causal):
     if causal:
         later = keys > np.arange(q.shape[-2])[:, None]
         log_weights = np.where(later, -np.inf, log_weights)
+    if mask is not None:
+        rows = np.broadcast_to(mask[..., None, :], (*keys.shape[:-1], mask.shape[-1]))
+        seen = np.take_along_axis(rows, np.clip(keys, 0, mask.shape[-1] - 1), -1)
+        keys = np.where(seen, keys, -1)
     return gathered_attention(q, k, v, keys, log_weights)

@@ -1,5 +1,6 @@
 """What the tests of the laws share: drawn arrays, a mesh of host devices, a look into programs."""
 
+import functools
 import math
 
 import jax
@@ -11,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType
 
 from hyperlayer_jax import IndexTuples
+from hyperlayer_jax.kernels.primitives import EVALUATE
 
 NUM_DEVICES = 8
 FLOATS = (jnp.float32, jnp.bfloat16)
@@ -92,9 +94,15 @@ def batch_mesh(size=NUM_DEVICES):
 
 
 def equations(jaxpr):
-    """Every equation of a jaxpr, those of inner jaxprs included."""
+    """Every equation of a jaxpr, those of inner jaxprs and of the library's primitives included."""
     for equation in jaxpr.eqns:
         yield equation
+        if equation.primitive in EVALUATE:
+            evaluate = functools.partial(
+                EVALUATE[equation.primitive], platform="cpu", partitioned=False, **equation.params
+            )
+            operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+            yield from equations(jax.make_jaxpr(evaluate)(*operands).jaxpr)
         for leaf in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
             inner = getattr(leaf, "jaxpr", leaf)
             if hasattr(inner, "eqns"):

@@ -26,32 +26,11 @@ from hyperlayer_jax import kernels
 pytestmark = pytest.mark.slow
 
 TARGET = pathlib.Path(__file__).with_name("h200.txtpb")
-GATHERS = (
-    "ell_spmm",
-    "ell_spmm_transposed",
-    "ell_sddmm",
-    "spmm",
-    "sddmm",
-    "redistribute",
-    "gathered_attention",
-)
-# Rows, columns, entries, features and so on, by the letters of the public functions.
-SIZES = {
-    "ragged": (
-        (2, 3),
-        jnp.float32,
-        {"i": 5, "j": 7, "p": 3, "n": 11, "d": 1, "e": 9, "m": 13, "k": 5, "r": 1},
-    ),
-    "usual": (
-        (64,),
-        jnp.bfloat16,
-        {"i": 784, "j": 10000, "p": 10, "n": 7840, "d": 64, "e": 64, "m": 64, "k": 8, "r": 2},
-    ),
-    "large": (
-        (),
-        jnp.float32,
-        {"i": 4096, "j": 4096, "p": 64, "n": 9999, "d": 256, "e": 200, "m": 5000, "k": 999, "r": 3},
-    ),
+# Members of the batch, queries, keys, entries, features of keys and of values.
+GATHERED = {
+    "ragged": ((2, 3), jnp.float32, 5, 7, 3, 1, 9),
+    "usual": ((64,), jnp.bfloat16, 784, 10000, 10, 64, 64),
+    "large": ((), jnp.float32, 4096, 4096, 64, 256, 200),
 }
 # Members of the batch, queries, keys, features, features of values; block, entries, and whether
 # causal.
@@ -99,69 +78,29 @@ def compile_for(device, function, operands, spec=None):
     return lowered.as_text()
 
 
-def gather_case(name, batch, dtype, sizes):
-    """(function of positions and floats, (positions, floats)) of one operation."""
+def gathered_case(batch, dtype, t, s, p, d, e):
+    """(function of positions and floats, (positions, floats)) of gathered attention on Triton."""
 
-    def array(axes, dtype=dtype):
-        return jax.ShapeDtypeStruct((*batch, *(sizes[axis] for axis in axes)), dtype)
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct((*batch, *shape), dtype)
 
-    indices, entries = array("ip", jnp.int32), array("n", jnp.int32)
-    static = {"ell_spmm_transposed": {"num_cols": sizes["j"]}, "spmm": {"num_rows": sizes["i"]}}
-    positions, floats = {
-        "ell_spmm": ((indices,), (array("ip"), array("jd"))),
-        "ell_spmm_transposed": ((indices,), (array("ip"), array("id"))),
-        "ell_sddmm": ((indices,), (array("id"), array("jd"))),
-        "spmm": ((entries, entries), (array("n"), array("jd"))),
-        "sddmm": ((entries, entries), (array("id"), array("jd"))),
-        "redistribute": (
-            (array("mr", jnp.int32), array("m", jnp.bool)),
-            (array("kr"), array("kr"), array("k")),
-        ),
-        "gathered_attention": ((indices,), (array("id"), array("jd"), array("je"), array("ip"))),
-    }[name]
+    def function(positions, floats):
+        *qkv, log_weights = floats
+        return kernels.gathered_attention(*qkv, *positions, log_weights, implementation="triton")
 
-    def function(implementation, positions, floats):
-        options = {"implementation": implementation, **static.get(name, {})}
-        operation = getattr(kernels, name)
-        if name == "redistribute":
-            points, where = positions
-            return operation(points, *floats, where, **options)
-        if name == "gathered_attention":
-            *qkv, log_weights = floats
-            return operation(*qkv, *positions, log_weights, **options)
-        return operation(*positions, *floats, **options)
-
-    return function, (positions, floats)
+    floats = array(t, d), array(s, d), array(s, e), array(t, p, dtype=jnp.float32)
+    return function, ((array(t, p, dtype=jnp.int32),), floats)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", GATHERS)
-def test_triton(device, name, size):
-    function, operands = gather_case(name, *SIZES[size])
-    program = compile_for(device, functools.partial(function, "triton"), operands)
-    assert "triton" in program
+@pytest.mark.parametrize("size", GATHERED)
+def test_triton(device, size):
+    assert "triton" in compile_for(device, *gathered_case(*GATHERED[size]))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["ell_spmm", "spmm", "gathered_attention"])
-def test_triton_deterministic(device, name, size):
-    function, operands = gather_case(name, *SIZES[size])
-    program = compile_for(device, functools.partial(function, "triton_deterministic"), operands)
-    assert "sum_rows_kernel" in program
-    assert "scatter_kernel" not in program
-
-
-def test_triton_reaches_the_last_int32_column(device):
-    sizes = {"i": 8, "j": 2**31 - 1, "p": 4, "d": 1, "n": 1, "e": 1, "m": 1, "k": 1, "r": 1}
-    function, operands = gather_case("ell_spmm", (), jnp.float32, sizes)
-    compile_for(device, functools.partial(function, "triton"), operands)
-
-
-@pytest.mark.parametrize("name", ["ell_spmm", "gathered_attention"])
-def test_triton_under_shard_map(device, name):
-    function, operands = gather_case(name, *SIZES["usual"])
+def test_triton_under_shard_map(device):
+    function, operands = gathered_case(*GATHERED["usual"])
     sharded = jax.shard_map(
-        functools.partial(function, "triton"),
+        function,
         mesh=Mesh(np.array([device]), "data"),
         in_specs=PartitionSpec("data"),
         out_specs=PartitionSpec("data"),
@@ -190,6 +129,6 @@ def test_mosaic_gpu(device, shape):
         )
 
     rows = t // block
-    floats = array(t, d), array(s, d), array(s, e), array(rows, p)
+    floats = array(t, d), array(s, d), array(s, e), array(rows, p, dtype=jnp.float32)
     program = compile_for(device, function, ((array(rows, p, dtype=jnp.int32),), floats))
     assert program.count("mosaic_gpu") >= 3

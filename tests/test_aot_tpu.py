@@ -99,7 +99,7 @@ class TestProducts:
     def test_gathered_attention(self, target, b, i, p, j, d, dtype):
         positions = {"indices": array((b, i, p), jnp.int32)}
         floats = dict.fromkeys(("k", "v"), array((b, j, d), dtype))
-        floats |= {"q": array((b, i, d), dtype), "log_weights": array((b, i, p), dtype)}
+        floats |= {"q": array((b, i, d), dtype), "log_weights": array((b, i, p), jnp.float32)}
         assert count_kernels(target, "gathered_attention", positions, floats) == 7
 
 
@@ -117,7 +117,7 @@ def test_redistribute(target, b, m, k, r):
 def test_block_attention(target, b, t, p, block, d, dtype):
     positions = {"block_indices": array((b, t // block, p), jnp.int32)}
     floats = dict.fromkeys("qkv", array((b, t, d), dtype))
-    floats |= {"log_weights": array((b, t // block, p), dtype)}
+    floats |= {"log_weights": array((b, t // block, p), jnp.float32)}
     sizes = {"block": block, "causal": block != 16}
     assert count_kernels(target, "block_attention", positions, floats, **sizes) == 2
 

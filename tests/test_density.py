@@ -28,7 +28,7 @@ from laws import (
 )
 
 import hyperlayer_jax as hl
-from hyperlayer_jax.kernels import xla
+from hyperlayer_jax.kernels.redistribution import blocks
 
 # Leading axes, tuples, points, rank: few shapes, so that compiled programs are shared; the last
 # has more points than are compared pair by pair. The space is small, so that copies are common.
@@ -252,11 +252,11 @@ def test_chunks_do_not_see_each_other(m):
     assert_close(alone, jax.tree.map(lambda a: a[1, 2], each))
 
 
-@pytest.mark.parametrize("max_block", [xla._MAX_BLOCK, 50])
+@pytest.mark.parametrize("max_block", [blocks.MAX_BLOCK, 50])
 @pytest.mark.parametrize(("batch", "m", "r"), [((), 7, 1), ((2,), 12, 2), ((1, 2), 34, 3)])
 def test_gradients_match_finite_differences(batch, m, r, max_block, monkeypatch):
     """In means, sigmas and values, with copies and forbidden points, in one pass and in blocks."""
-    monkeypatch.setattr(xla, "_MAX_BLOCK", max_block)
+    monkeypatch.setattr(blocks, "MAX_BLOCK", max_block)
     rng = np.random.default_rng(r)
     with jax.enable_x64(True):
         tuples = random_tuples(batch, 3, r, high=4, dtype=jnp.float64)
@@ -265,7 +265,7 @@ def test_gradients_match_finite_differences(batch, m, r, max_block, monkeypatch)
         assert not np.asarray(first(indices)).all() and not where.all()
         spread = jax.jit(lambda t: hl.redistribute(indices, t, where=where))
         assert_close(spread(tuples), expected(indices, tuples, where), 1e-10, 1e-12)
-        check_grads(spread, (tuples,), 1, ["rev"], 1e-6, 1e-6)
+        check_grads(spread, (tuples,), 1, ["fwd", "rev"], 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("max_block", [1, 50])
@@ -275,16 +275,16 @@ def test_blocks_change_nothing(k, max_block, monkeypatch):
     indices = jnp.stack([distinct_points(9, 2), distinct_points(9, 2, seed=1)]) // 4
     where = jnp.ones((2, 9), bool).at[:, 2].set(False)
     whole = redistribute(indices, tuples, where=where), gradients(indices, tuples, where)
-    monkeypatch.setattr(xla, "_MAX_BLOCK", max_block)
+    monkeypatch.setattr(blocks, "MAX_BLOCK", max_block)
     # A new function, since programs are kept by function and not by block size.
     again = functools.partial(gradients.__wrapped__)
-    blocks = (
+    walked = (
         jax.jit(lambda *a: hl.redistribute(*a[:2], where=a[2]))(indices, tuples, where),
         jax.jit(again)(indices, tuples, where),
     )
     used = operations(again, indices, tuples, where)
     assert ("scan" in used) == (k > 1)
-    assert_close(blocks, whole)
+    assert_close(walked, whole)
 
 
 def specs(batch, k, m, r):
@@ -299,7 +299,7 @@ def specs(batch, k, m, r):
 def test_large_chunks_hold_no_array_of_tuples_times_points(batch):
     """Forward and backward of 4096 tuples over 49152 points."""
     k, m = 4096, 4096 * 12
-    assert largest_array(gradients, *specs(batch, k, m, 2)) <= 2 * xla._MAX_BLOCK < k * m / 10
+    assert largest_array(gradients, *specs(batch, k, m, 2)) <= 2 * blocks.MAX_BLOCK < k * m / 10
 
 
 @pytest.mark.parametrize(("fewer", "more"), [((3, 40), (20, 250)), ((30, 400), (300, 4000))])
@@ -322,10 +322,10 @@ def test_no_tuples_add_nothing():
     assert_close(redistribute(jnp.zeros((4, 1), jnp.int32), random_tuples((), 0, 1)), np.zeros(4))
 
 
-@pytest.mark.parametrize("max_block", [xla._MAX_BLOCK, 50])
+@pytest.mark.parametrize("max_block", [blocks.MAX_BLOCK, 50])
 def test_sharding_the_batch_changes_nothing(max_block, monkeypatch):
     """Under jit with sharded operands and under shard_map, forward and gradient, in blocks too."""
-    monkeypatch.setattr(xla, "_MAX_BLOCK", max_block)
+    monkeypatch.setattr(blocks, "MAX_BLOCK", max_block)
     mesh, spec = batch_mesh(), PartitionSpec("data")
     rng = np.random.default_rng(0)
     tuples = random_tuples((8,), 3, 2)

@@ -1,14 +1,16 @@
-"""The choice of backend, with one that only logs what it is asked for."""
+"""The choice of a backend: by name, and by what is measured."""
 
+import re
 import sys
 import types
 
 import jax
-import jax.numpy as jnp
 import pytest
 from test_kernels import assert_close, example
 
-from hyperlayer_jax.kernels import dispatch, xla
+from hyperlayer_jax import kernels
+from hyperlayer_jax.kernels import dispatch
+from hyperlayer_jax.kernels.products import reference
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def backend(monkeypatch):
         def function(*operands, interpret, **sizes):
             assert all(x.ndim == r for x, r in zip(operands, (3, 3, 3), strict=True))
             module.calls.append((operation, operands[0].shape, interpret))
-            return getattr(xla, operation)(*operands, **sizes)
+            return getattr(reference, operation)(*operands, **sizes)
 
         return function
 
@@ -28,9 +30,12 @@ def backend(monkeypatch):
 
     module = types.ModuleType("probe")
     module.calls, module.lacks = [], lacks
-    module.ell_spmm, module.ell_sddmm = serve("ell_spmm"), serve("ell_sddmm")
-    monkeypatch.setitem(sys.modules, "hyperlayer_jax.kernels.probe", module)
-    monkeypatch.setattr(dispatch, "_BACKENDS", ("xla", "probe"))
+    for name in ("ell_spmm", "ell_sddmm"):
+        setattr(module, name, serve(name))
+        monkeypatch.setitem(dispatch.SERVES, name, ("reference", "cpu", "probe"))
+    monkeypatch.setitem(sys.modules, "hyperlayer_jax.kernels.products.probe", module)
+    monkeypatch.setattr(dispatch, "BACKENDS", ("reference", "cpu", "probe"))
+    monkeypatch.setattr(dispatch, "_PLATFORMS", {"probe": ("cpu",)})
     return module
 
 
@@ -50,18 +55,39 @@ def test_a_backend_sees_one_batch_axis_under_vmap(backend):
     force = lambda values: function(  # noqa: E731
         (positions[0][0],), (values, dense[0]), implementation="probe"
     )
-    shared = [jnp.broadcast_to(x[:1], x.shape) for x in (positions[0], dense)]
+    shared = [jax.numpy.broadcast_to(x[:1], x.shape) for x in (positions[0], dense)]
     actual = jax.jit(jax.vmap(force))(values)
     assert_close(actual, function((shared[0],), (values, shared[1])))
     assert backend.calls[-1][1] == (6, 5, 3)
 
 
-def test_none_takes_what_is_listed_as_faster(backend, monkeypatch):
-    rows = (("probe", lambda indices, values, dense: dense.shape[-1] > 2),)
-    monkeypatch.setattr(dispatch, "_FASTER", {(jax.default_backend(), "ell_spmm"): rows})
-    for d, served in ((2, False), (4, True), (9, False)):
+def test_none_takes_what_is_measured_on_the_device_at_hand(backend, monkeypatch):
+    """And plain JAX where that lacks something."""
+    kind = jax.devices()[0].device_kind
+    monkeypatch.setattr(dispatch, "FASTER", {kind: {"ell_spmm": "probe"}})
+    for d, served in ((4, True), (9, False)):
         backend.calls.clear()
         function, positions, floats, expected = example("ell_spmm", d=d)
         traced = jax.jit(lambda q, f, function=function: function(q, f)).trace(positions, floats)
-        assert bool(backend.calls) == served
         assert_close(traced.lower().compile()(positions, floats), expected(*floats))
+        assert bool(backend.calls) == served
+
+
+def test_every_default_is_a_backend_of_its_operation():
+    for fastest in dispatch.FASTER.values():
+        for operation, name in fastest.items():
+            assert name in dispatch.implementations(operation)
+    for operation, names in dispatch.SERVES.items():
+        assert names[0] == "reference" and set(names) <= set(dispatch.BACKENDS)
+        for name in ("reference", *(n for n in names if n == "cpu")):
+            assert callable(getattr(dispatch._module(name, operation), operation))
+    assert kernels.implementations("spmm") == ("reference", "cpu", "tpu")
+    with pytest.raises(ValueError, match=re.escape("operation: got 'matmul', want one of ell_")):
+        kernels.implementations("matmul")
+
+
+def test_a_kernel_does_not_run_on_a_device_that_it_was_not_written_for():
+    function, positions, floats, _ = example("ell_spmm")
+    traced = jax.jit(lambda q, f: function(q, f, implementation="tpu")).trace(positions, floats)
+    with pytest.raises(NotImplementedError, match="got 'tpu', but it runs on tpu, not on cuda"):
+        traced.lower(lowering_platforms=("cuda",))

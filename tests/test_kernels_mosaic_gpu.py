@@ -92,7 +92,7 @@ def test_agrees_with_the_oracle(case):
 def test_gradients_agree_with_plain_jax(case):
     function, floats, _ = example(case)
     out, vjp = jax.vjp(function, *floats)
-    _, plain = jax.vjp(lambda *floats: function(*floats, implementation="xla"), *floats)
+    _, plain = jax.vjp(lambda *floats: function(*floats, implementation="reference"), *floats)
     for gradient, wanted in zip(vjp(out), plain(out), strict=True):
         assert gradient.dtype == jnp.bfloat16
         assert_close(gradient, wanted)

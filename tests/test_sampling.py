@@ -24,6 +24,7 @@ from scipy import stats
 
 import hyperlayer_jax as hl
 from hyperlayer_jax import sampling
+from hyperlayer_jax.kernels.redistribution import cpu
 
 KEY = jax.random.key(0)
 OFFSET = 5**0.5 / 4
@@ -295,10 +296,10 @@ def test_points_that_meet_in_one_slot_stay_apart(r):
     """Every point here is hashed to the same slot in the first round."""
     m, num_bits = 40, 8
     candidates = np.random.default_rng(0).integers(0, 2**31 - 1, (2**15, r)).astype(np.int32)
-    slots = np.asarray(sampling._hash(jnp.asarray(candidates), jnp.uint32(1), num_bits))
+    slots = np.asarray(cpu._hash(jnp.asarray(candidates), jnp.uint32(1), num_bits))
     points = candidates[slots == slots[0]][:m]
     points[m // 2 :: 3] = points[: len(points[m // 2 :: 3])]
-    assert len(points) == m and sampling._SLOTS_PER_POINT * m <= 2**num_bits
+    assert len(points) == m and cpu._SLOTS_PER_POINT * m <= 2**num_bits
     assert_equal(~duplicates(jnp.asarray(points)), oracle.first_occurrences(points))
 
 
@@ -313,7 +314,7 @@ def test_copies_are_sought_within_a_chunk(m):
 def test_memory_is_linear_in_points():
     m = 10**6
     size = largest_array(hl.duplicate_mask, jax.ShapeDtypeStruct((m, 2), jnp.int32))
-    assert size <= 2 * sampling._SLOTS_PER_POINT * m
+    assert size <= 2 * cpu._SLOTS_PER_POINT * m
 
 
 MEANS, POINTS = jnp.zeros((4, 2)), jnp.zeros((4, 2), jnp.int32)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.scipy.special import logit
 
-from hyperlayer_jax.kernels.xla import stored
+from hyperlayer_jax.kernels import materialize
 from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
@@ -218,7 +218,7 @@ class FreeEntries(nnx.Module):
 
     def tuples(self) -> IndexTuples:
         """Means and sigmas [num_heads, size, k, 2], values of 1: a chunk for each row."""
-        means = stored(jax.nn.sigmoid(self.means[...] * _MEAN_GAIN)) * self.size - 0.5
+        means = materialize(jax.nn.sigmoid(self.means[...] * _MEAN_GAIN)) * self.size - 0.5
         raw = self.sigmas[...] * _SIGMA_GAIN
         sigmas = transform_sigmas(raw, (self.size, self.size), minimum=self.min_sigma)
         return IndexTuples(means, sigmas, jnp.ones_like(raw))

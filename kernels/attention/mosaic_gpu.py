@@ -21,9 +21,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..numerics import scaled
+
 _TILE = 64
 _HEADS = (64, 128)
 _MAX_BATCH = 65535
+_CAPABILITY = "9.0"
 _STAGES = 2
 _LOG2E = math.log2(math.e)
 # How matrix products want their operands laid out in shared memory.
@@ -32,9 +35,12 @@ _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLS = plgpu.Layout.WGMMA.reduce(0)
 
 
-def lacks(_, q, k, v, *operands, block, causal):
+def lacks(_, q, k, v, *operands, block, causal, scale):
     """Why these operands cannot be served; empty where they can."""
-    del k, operands, causal
+    del k, operands, causal, scale
+    device = jax.devices()[0]
+    if device.platform == "gpu" and device.compute_capability != _CAPABILITY:
+        return f"it needs compute capability {_CAPABILITY}, got {device.compute_capability}"
     if q.dtype != jnp.bfloat16:
         return f"it multiplies bfloat16, got {q.dtype}"
     if block % _TILE:
@@ -42,14 +48,15 @@ def lacks(_, q, k, v, *operands, block, causal):
     for head in (q.shape[-1], v.shape[-1]):
         if head not in _HEADS:
             return f"it serves heads of {_HEADS[0]} or {_HEADS[1]} features, got {head}"
-    if q.shape[0] > _MAX_BATCH:
+    if isinstance(q.shape[0], int) and q.shape[0] > _MAX_BATCH:
         return f"its grid holds a batch of at most {_MAX_BATCH}, got {q.shape[0]}"
     return ""
 
 
-def block_attention(q, k, v, block_indices, log_weights, *, block, causal, interpret):
-    """`xla.block_attention`, one batch axis."""
+def block_attention(q, k, v, block_indices, log_weights, *, block, causal, scale, interpret):
+    """Of one batch axis."""
     del interpret
+    q = scaled(q, scale)
     entries = _entries(block_indices, log_weights, k.shape[1], block, causal)
     (b, t, d), e = q.shape, v.shape[2]
     return _call(
@@ -64,10 +71,11 @@ def block_attention(q, k, v, block_indices, log_weights, *, block, causal, inter
 
 
 def block_attention_grad(
-    q, k, v, block_indices, log_weights, out, log_sum_exp, grad, *, block, causal, interpret
+    q, k, v, block_indices, log_weights, out, log_sum_exp, grad, *, block, causal, scale, interpret
 ):
-    """`xla.block_attention_grad`, one batch axis."""
+    """Of one batch axis."""
     del interpret
+    q = scaled(q, scale)
     tiles, weights, present = _entries(block_indices, log_weights, k.shape[1], block, causal)
     (b, t, d), (_, s, e) = q.shape, v.shape
     log_sum_exp = log_sum_exp * _LOG2E
@@ -97,8 +105,8 @@ def block_attention_grad(
     _, sums = lax.sort((order, sums.sum(-1).reshape(tiles.shape)), num_keys=1)
     sums = jnp.where(present, sums, 0)
     side = block // _TILE
-    (_, rows, p), dtype = block_indices.shape, log_weights.dtype
-    return dq, dk, dv, sums.reshape(b, rows, side, p, side).sum((2, 4)).astype(dtype)
+    _, rows, p = block_indices.shape
+    return scaled(dq, scale), dk, dv, sums.reshape(b, rows, side, p, side).sum((2, 4))
 
 
 def _entries(block_indices, log_weights, num_keys, block, causal):

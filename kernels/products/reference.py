@@ -1,0 +1,61 @@
+"""The meaning of the products: one gather, one sum of products, one scatter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ..numerics import accumulator, dot, gather_rows, in_bounds, scatter_rows
+
+
+@functools.partial(jnp.vectorize, signature="(i,p),(i,p),(j,d)->(i,d)")
+def ell_spmm(indices: jax.Array, values: jax.Array, dense: jax.Array) -> jax.Array:
+    """out[i] = sum over q of values[i, q] dense[indices[i, q]]."""
+    values = jnp.where(in_bounds(indices, dense.shape[0]), values, 0)
+    return dot("ip,ipd->id", values, gather_rows(dense, indices)).astype(dense.dtype)
+
+
+def ell_spmm_transposed(
+    indices: jax.Array, values: jax.Array, dense: jax.Array, *, num_cols: int
+) -> jax.Array:
+    """out[j] = sum of values[i, q] dense[i] over the entries with indices[i, q] = j."""
+
+    @functools.partial(jnp.vectorize, signature="(i,p),(i,p),(i,d)->(j,d)")
+    def scatter(indices, values, dense):
+        dtype = accumulator(dense.dtype)
+        updates = values.astype(dtype)[:, :, None] * dense.astype(dtype)[:, None]
+        out = jnp.zeros_like(updates, shape=(num_cols, dense.shape[1]))
+        return scatter_rows(indices, updates, out).astype(dense.dtype)
+
+    return scatter(indices, values, dense)
+
+
+@functools.partial(jnp.vectorize, signature="(i,p),(i,d),(j,d)->(i,p)")
+def ell_sddmm(indices: jax.Array, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """out[i, q] = lhs[i] . rhs[indices[i, q]]."""
+    dots = dot("id,ipd->ip", lhs, gather_rows(rhs, indices))
+    return jnp.where(in_bounds(indices, rhs.shape[0]), dots, 0).astype(lhs.dtype)
+
+
+def spmm(
+    rows: jax.Array, cols: jax.Array, values: jax.Array, dense: jax.Array, *, num_rows: int
+) -> jax.Array:
+    """out[r] = sum of values[n] dense[cols[n]] over the entries with rows[n] = r."""
+
+    @functools.partial(jnp.vectorize, signature="(n),(n),(n),(j,d)->(i,d)")
+    def scatter(rows, cols, values, dense):
+        dtype = accumulator(dense.dtype)
+        values = jnp.where(in_bounds(cols, dense.shape[0]), values, 0).astype(dtype)
+        updates = values[:, None] * gather_rows(dense, cols).astype(dtype)
+        out = jnp.zeros_like(updates, shape=(num_rows, dense.shape[1]))
+        return scatter_rows(rows, updates, out).astype(dense.dtype)
+
+    return scatter(rows, cols, values, dense)
+
+
+@functools.partial(jnp.vectorize, signature="(n),(n),(i,d),(j,d)->(n)")
+def sddmm(rows: jax.Array, cols: jax.Array, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """out[n] = lhs[rows[n]] . rhs[cols[n]]."""
+    dots = dot("nd,nd->n", gather_rows(lhs, rows), gather_rows(rhs, cols))
+    present = in_bounds(rows, lhs.shape[0]) & in_bounds(cols, rhs.shape[0])
+    return jnp.where(present, dots, 0).astype(lhs.dtype)

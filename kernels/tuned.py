@@ -1,3 +1,0 @@
-"""Measured block sizes by device kind, kernel and shape class: `python -m benchmarks.tune`."""
-
-TABLE = {}
