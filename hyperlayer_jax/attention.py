@@ -1,17 +1,17 @@
 """Attention over the points of a sparse pattern."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from hyperlayer_jax import checks, kernels
-from hyperlayer_jax.kernels import accumulator
-from hyperlayer_jax.tensors import sparse_softmax
+from hyperlayer_jax.lift import lift
+from hyperlayer_jax.tensors import segment_softmax
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
 # A smaller weight is none: its gradient, of the order of its inverse, must stay finite.
 _MIN_WEIGHT = 1e-30
-# Added to logits of blocks where a key is masked: as good as -inf, and representable everywhere.
-_MASKED = -1e9
 
 
 def sparse_attention(
@@ -60,24 +60,33 @@ def sparse_attention(
       ValueError: an argument has the wrong shape or dtype, or `implementation` is unknown.
       NotImplementedError: the backend named cannot do this.
     """
+    query, key, value, pattern = checks.as_arrays((query, key, value, pattern))
     leading = _check(query, key, value, pattern, mask)
     batch, length, heads, width = query.shape
     key_heads = key.shape[2]
-    block = length // pattern.out_shape[0]
+    block = length // max(1, pattern.out_shape[0])
     indices, weights = _per_head(pattern, leading, batch, heads)
     query, key, value = (jnp.moveaxis(x, 1, 2) for x in (query, key, value))
-    query = query * jnp.asarray(width**-0.5, query.dtype)
+    options = {"scale": width**-0.5, "implementation": implementation}
 
     if block > 1:
         key, value = (jnp.repeat(x, heads // key_heads, axis=1) for x in (key, value))
-        out = _over_blocks(
-            query, key, value, indices[..., 0], weights, block, causal, mask, implementation
+        out = kernels.block_attention(
+            query,
+            key,
+            value,
+            indices[..., 0],
+            _log(weights, weights < _MIN_WEIGHT),
+            block=block,
+            causal=causal,
+            mask=None if mask is None else _for_heads(mask, heads),
+            **options,
         )
         return jnp.moveaxis(out, 1, 2)
 
-    by_row = isinstance(pattern, RowSparseTensor)
     columns = indices[..., -1]
-    rows = jnp.arange(length, dtype=jnp.int32)[None, None, :, None] if by_row else indices[..., 0]
+    by_row = isinstance(pattern, RowSparseTensor)
+    rows = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 2) if by_row else indices[..., 0]
     hidden = weights < _MIN_WEIGHT
     if causal:
         hidden |= columns > rows
@@ -89,82 +98,61 @@ def sparse_attention(
     groups = heads // key_heads
     query = query.reshape(batch, key_heads, groups * length, width)
     if by_row:
-        grouped = (batch, key_heads, groups * length, -1)
+        grouped = (batch, key_heads, groups * length, columns.shape[-1])
         columns, log_weights = (x.reshape(grouped) for x in (columns, log_weights))
-        log_weights = log_weights.astype(query.dtype)
-        out = kernels.gathered_attention(
-            query, key, value, columns, log_weights, implementation=implementation
-        )
+        out = kernels.gathered_attention(query, key, value, columns, log_weights, **options)
     else:
-        log_weights = jnp.where((rows >= 0) & (rows < length), log_weights, -jnp.inf)
-        first = jnp.arange(heads, dtype=jnp.int32) % groups * length
-        rows = jnp.clip(rows, 0, length - 1) + first[None, :, None]
-        grouped = (batch, key_heads, -1)
+        group = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) % groups
+        rows = jnp.where(kernels.in_bounds(rows, length), rows + group * length, -1)
+        grouped = (batch, key_heads, groups * rows.shape[-1])
         entries = (x.reshape(grouped) for x in (rows, columns, log_weights))
-        out = _over_entries(query, key, value, *entries, implementation)
-    return jnp.moveaxis(out.reshape(batch, heads, length, -1), 1, 2)
+        out = _over_entries(query, key, value, *entries, **options)
+    return jnp.moveaxis(out.reshape(batch, heads, length, value.shape[-1]), 1, 2)
 
 
 def _per_head(pattern, leading, batch, heads):
     """The indices and weights of a pattern with the axes (batch, heads) for its `leading` ones."""
-    missing = 2 - len(leading)
 
     def spread(x):
-        x = x[:, None] if missing == 1 else x[(None,) * missing]
+        x = x if len(leading) == 2 else jnp.expand_dims(x, range(len(leading), 2))
         return jnp.broadcast_to(x, (batch, heads, *x.shape[2:]))
 
     return spread(pattern.indices), spread(pattern.values)
 
 
+def _for_heads(mask, heads):
+    """A mask [B, S] for every head: [B, N, S]."""
+    return jnp.broadcast_to(mask[:, None], (mask.shape[0], heads, mask.shape[1]))
+
+
 def _log(weights, hidden):
-    """log(weights), -inf where hidden, with a finite gradient everywhere."""
+    """log(weights) in float32 at least, -inf where hidden, with a finite gradient everywhere."""
+    weights = weights.astype(kernels.accumulator(weights.dtype))
     return jnp.where(hidden, -jnp.inf, jnp.log(jnp.where(hidden, 1, weights)))
 
 
 def at_keys(mask: jax.Array, columns: jax.Array) -> jax.Array:
-    """A mask [B, S] at columns int32 [B, ...], those outside clipped: bool [B, ...]."""
-    batch = jnp.arange(mask.shape[0], dtype=jnp.int32)
-    batch = batch.reshape(-1, *(1,) * (columns.ndim - 1))
-    return mask.at[batch, columns].get(mode="clip", wrap_negative_indices=False)
+    """A mask [B, S] at columns int32 [B, ...], False outside: bool [B, ...]."""
+
+    @lift("(s),(n)->(n)")
+    def read(mask, columns):
+        return mask.at[columns].get(mode="fill", fill_value=False, wrap_negative_indices=False)
+
+    flat = columns.reshape(columns.shape[0], math.prod(columns.shape[1:]))
+    return read(mask, flat).reshape(columns.shape)
 
 
-def _over_entries(query, key, value, rows, columns, log_weights, implementation):
-    """`kernels.gathered_attention` of entries [*B, n] in any order, rows inside the query."""
-    shape = (query.shape[-2],), (key.shape[-2],)
-    dtype = accumulator(query.dtype)
-    q, k, v = (x.astype(dtype) for x in (query, key, value))
-    logits = kernels.sddmm(rows, columns, q, k, implementation=implementation)
-    inside = (columns >= 0) & (columns < key.shape[-2])
-    logits = jnp.where(inside, logits + log_weights.astype(dtype), -jnp.inf)
-    weights = sparse_softmax(SparseTensor(jnp.stack([rows, columns], -1), logits, *shape)).values
+def _over_entries(query, key, value, rows, columns, log_weights, *, scale, implementation):
+    """`kernels.gathered_attention` of entries [*B, n] in any order."""
+    dtype, sizes = query.dtype, (query.shape[-2], key.shape[-2])
+    accumulator = kernels.accumulator(dtype)
+    query, key, value = (x.astype(accumulator) for x in (query, key, value))
+    logits = kernels.sddmm(rows, columns, query * scale, key, implementation=implementation)
+    weights = segment_softmax(rows, columns, logits + log_weights.astype(accumulator), *sizes)
     out = kernels.spmm(
-        rows, columns, weights, v, num_rows=shape[0][0], implementation=implementation
+        rows, columns, weights, value, num_rows=sizes[0], implementation=implementation
     )
-    return out.astype(query.dtype)
-
-
-def _over_blocks(query, key, value, indices, weights, block, causal, mask, implementation):
-    """`kernels.block_attention`, with keys that a mask [B, S] hides one by one."""
-    if mask is not None:
-        # A feature more: of keys, whether they are hidden; of values, whether they are seen.
-        seen = jnp.broadcast_to(mask[:, None, :, None], (*key.shape[:-1], 1))
-        query = jnp.pad(query, [(0, 0)] * 3 + [(0, 1)], constant_values=1)
-        key = jnp.concatenate([key, jnp.where(seen, 0, _MASKED).astype(key.dtype)], -1)
-        value = jnp.concatenate([value, seen.astype(value.dtype)], -1)
-    log_weights = _log(weights, weights < _MIN_WEIGHT).astype(query.dtype)
-    out = kernels.block_attention(
-        query,
-        key,
-        value,
-        indices,
-        log_weights,
-        block=block,
-        causal=causal,
-        implementation=implementation,
-    )
-    if mask is None:
-        return out
-    return jnp.where(out[..., -1:] > 0.5, out[..., :-1], 0)
+    return out.astype(dtype)
 
 
 def _check(query, key, value, pattern, mask):

@@ -3,13 +3,22 @@
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
 
 INT32_MAX = 2**31 - 1
+# The last index up to which float32 holds every one.
+FLOAT32_MAX = 2**24
+
+
+def as_arrays(tree: Any) -> Any:
+    """The NumPy arrays of a pytree as JAX arrays, of the dtypes that JAX would give them."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, tree)
 
 
 def check_shape(name: str, shape: Sequence[int], rank: int | None = None) -> tuple[int, ...]:
@@ -88,6 +97,15 @@ def check_tuples(tuples: IndexTuples) -> None:
         raise ValueError(
             f"tuples.values: got shape {tuples.values.shape}, "
             f"want one for each tuple, {tuples.means.shape[:-1]}"
+        )
+
+
+def check_countable(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
+    """Wants axes whose indices `dtype`, float32 or float64, can all tell apart."""
+    if dtype == jnp.float32 and max(shape) > FLOAT32_MAX + 1:
+        raise ValueError(
+            f"{name}: got {shape}, want axes of at most 2^24 + 1, as far as float32 tells indices "
+            "apart, or float64"
         )
 
 

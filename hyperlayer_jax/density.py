@@ -38,6 +38,7 @@ def redistribute(
     Raises:
       ValueError: an argument has the wrong shape or dtype.
     """
+    indices, tuples = checks.as_arrays((indices, tuples))
     checks.check_tuples(tuples)
     checks.check_indices("indices", indices, 2, "[*B, m, r]")
     *leading, m, r = indices.shape

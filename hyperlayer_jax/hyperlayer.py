@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.density import redistribute
+from hyperlayer_jax.kernels import accumulator
+from hyperlayer_jax.lift import lift
 from hyperlayer_jax.sampling import fixed_indices, round_means, sample_indices
 from hyperlayer_jax.types import IndexTuples
 
@@ -22,6 +24,7 @@ def discretize(
     num_local: int = 0,
     region: int | Sequence[int] | None = None,
     where: Predicate | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Turns tuples into integer points and values (docs/method.md, equations 4 to 6).
 
@@ -40,6 +43,7 @@ def discretize(
       where: a predicate, int32 [*B, m, r] -> bool [*B, m], of the points that are allowed; the
         others take no part in the normalisation and get 0. It must be a function of the
         coordinates, so that copies agree.
+      implementation: the kernel backend, chosen by device where None.
 
     Returns:
       Indices int32 [*B, m, r] and values [*B, m], m = k * (2^r + num_global + num_local). Copies
@@ -48,14 +52,17 @@ def discretize(
     Raises:
       ValueError: an argument has the wrong shape, dtype or range.
     """
+    tuples = checks.as_arrays(tuples)
     checks.check_tuples(tuples)
+    dtype = accumulator(jnp.promote_types(tuples.means.dtype, tuples.values.dtype))
+    checks.check_countable("shape", checks.check_shape("shape", shape), dtype)
     counts = {"num_global": num_global, "num_local": num_local, "region": region}
     if key is None:
         indices = fixed_indices(tuples.means, tuples.sigmas, shape, **counts)
     else:
         indices = sample_indices(key, tuples.means, shape, **counts)
     allowed = None if where is None else where(indices)
-    return indices, redistribute(indices, tuples, where=allowed)
+    return indices, redistribute(indices, tuples, where=allowed, implementation=implementation)
 
 
 def round_tuples(
@@ -75,6 +82,7 @@ def round_tuples(
     Raises:
       ValueError: an argument has the wrong shape, dtype or range.
     """
+    tuples = checks.as_arrays(tuples)
     checks.check_tuples(tuples)
     shape = checks.check_shape("shape", shape, tuples.means.shape[-1])
     indices = round_means(tuples.means, shape)
@@ -112,5 +120,12 @@ def apply_template(template: jax.Array, indices: jax.Array, *, columns: Sequence
         raise ValueError(
             f"columns: got {columns}, want {r} different columns, one for each of the indices"
         )
-    rows = jnp.broadcast_to(template[..., None, :], (*leading, m, width))
-    return rows.at[..., columns].set(indices)
+
+    @lift("(R),(m,r)->(m,R)")
+    def stitch(template, indices):
+        parts = list(jnp.broadcast_to(template[:, None], (width, m)))
+        for a, column in enumerate(columns):
+            parts[column] = indices[:, a]
+        return jnp.stack(parts, -1)
+
+    return stitch(template, indices)

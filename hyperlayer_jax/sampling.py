@@ -10,7 +10,8 @@ import numpy as np
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.kernels import accumulator, materialize_points
-from hyperlayer_jax.transforms import last_indices
+from hyperlayer_jax.lift import lift
+from hyperlayer_jax.transforms import last_indices, per_axis
 
 # Where in its cell a fixed point lies: about the middle, but irrational, so that the quantiles of a
 # flat Gaussian are not halfway between indices, where compilers may round to either.
@@ -49,18 +50,14 @@ def sample_indices(
     Raises:
       ValueError: an argument has the wrong shape, dtype or range.
     """
-    shape, num_global, num_local = _check(means, shape, num_global, num_local)
-    *leading, k, r = means.shape
-    global_key, local_key = jax.random.split(key)
-    means = jax.lax.stop_gradient(means)[..., None, :]
-    points = [_neighbours(means, shape)]
-    if num_global:
-        sizes = np.reshape(shape, (1,) * (means.ndim - 1) + (r,)).astype(np.int32)
-        points.append(_draw(global_key, (*leading, k, num_global, r), sizes))
-    if num_local:
-        start, region = _box(means, shape, region)
-        points.append(start + _draw(local_key, (*leading, k, num_local, r), region))
-    return _join(points)
+    means = checks.as_arrays(means)
+    shape, counts, region = _check(means, shape, num_global, num_local, region)
+    keys = jax.random.split(key)
+    drawn = [
+        _draw(key, (*means.shape[:-1], count, len(shape)), axes)
+        for key, count, axes in zip(keys, counts, (shape, region), strict=True)
+    ]
+    return _around(means, *drawn, shape, region)
 
 
 def fixed_indices(
@@ -92,67 +89,72 @@ def fixed_indices(
     Raises:
       ValueError: an argument has the wrong shape, dtype or range.
     """
-    shape, num_global, num_local = _check(means, shape, num_global, num_local)
-    r = means.shape[-1]
-    means, sigmas = (jax.lax.stop_gradient(x)[..., None, :] for x in (means, sigmas))
-    points = [_neighbours(means, shape)]
-    aligned = (1,) * (means.ndim - 2) + (-1, r)
-    if num_global:
-        dtype = accumulator(means.dtype)
-        shares = _even(num_global, r).astype(dtype).reshape(aligned)
-        spread = _quantiles(shares, means.astype(dtype), sigmas.astype(dtype), shape)
-        points.append(_to_indices(jnp.round(spread), shape))
-    if num_local:
-        start, region = _box(means, shape, region)
-        points.append(start + (_even(num_local, r).reshape(aligned) * region).astype(np.int32))
-    return _join(points)
+    means, sigmas = checks.as_arrays((means, sigmas))
+    shape, counts, region = _check(means, shape, num_global, num_local, region)
+    shares, places = (_even(count, len(shape)) for count in counts)
+    means, sigmas = (jax.lax.stop_gradient(x).astype(accumulator(x.dtype)) for x in (means, sigmas))
+
+    @lift("(r),(r)->(g,r)")
+    def spread(mean, sigma):
+        return _to_indices(jnp.round(_quantiles(shares, mean[None], sigma[None], shape)), shape)
+
+    within = jnp.asarray(places * region, jnp.int32)
+    within = jnp.broadcast_to(within, (*means.shape[:-1], *within.shape))
+    return _around(means, spread(means, sigmas), within, shape, region)
 
 
-def _check(means, shape, num_global, num_local):
+def _check(means, shape, num_global, num_local, region):
+    """The shape, how many points are global and local, and the axes of the region."""
     checks.check_float("means", means, 2, "[*B, k, r]")
     shape = checks.check_shape("shape", shape, means.shape[-1])
-    num_global = checks.check_count("num_global", num_global)
-    return shape, num_global, checks.check_count("num_local", num_local)
-
-
-def _neighbours(means, shape):
-    """The 2^r integer points around means [*B, k, 1, r]."""
-    low, high = _to_indices(jnp.floor(means), shape), _to_indices(jnp.ceil(means), shape)
-    corners = np.array(list(itertools.product([False, True], repeat=len(shape))))
-    return jnp.where(corners.reshape((1,) * (means.ndim - 2) + corners.shape), high, low)
-
-
-def _box(means, shape, region):
-    """Where the regions around means [*B, k, 1, r] start, and the axes that they have."""
+    counts = (
+        checks.check_count("num_global", num_global),
+        checks.check_count("num_local", num_local),
+    )
+    if counts[1] == 0:
+        return shape, counts, shape
     if region is None:
         raise ValueError("region: got None, want the axes of the region when num_local > 0")
     region = (region,) * len(shape) if np.ndim(region) == 0 else region
-    region = checks.check_shape("region", region, len(shape))
-    aligned = (1,) * (means.ndim - 1) + (-1,)
-    sizes = np.reshape(shape, aligned).astype(np.int32)
-    region = np.minimum(np.reshape(region, aligned), sizes).astype(np.int32)
-    return jnp.clip(round_means(means, shape) - region // 2, 0, sizes - region), region
+    return shape, counts, tuple(map(min, checks.check_shape("region", region, len(shape)), shape))
 
 
-def _join(points):
-    """Points [*B, k, n, r] of several kinds, tuple by tuple: [*B, m, r]."""
-    points = jnp.concatenate(points, axis=-2)
-    *leading, k, n, r = points.shape
-    return materialize_points(points.reshape(*leading, k * n, r))
+def _around(means, anywhere, within, shape, region):
+    """Neighbours of means [*B,k,r], points anywhere and points within the region of each mean.
+
+    `anywhere` and `within` are int32 [*B,k,n,r], the latter counted from the start of the region.
+    Returns int32 [*B,m,r], tuple by tuple.
+    """
+    corners = np.array(list(itertools.product([False, True], repeat=len(shape))))
+
+    @lift("(k,r),(k,g,r),(k,l,r)->(m,r)")
+    def join(means, anywhere, within):
+        low, high = (_to_indices(f(means), shape)[:, None] for f in (jnp.floor, jnp.ceil))
+        middle = round_means(means, shape)
+        start = [
+            jnp.clip(middle[:, a] - box // 2, 0, size - box)
+            for a, (size, box) in enumerate(zip(shape, region, strict=True))
+        ]
+        neighbours = jnp.where(corners[None], high, low)
+        near = within + jnp.stack(start, -1)[:, None]
+        return jnp.concatenate([neighbours, anywhere, near], axis=1).reshape(-1, len(shape))
+
+    return materialize_points(join(jax.lax.stop_gradient(means), anywhere, within))
 
 
-def _quantiles(shares, means, sigmas, shape):
-    """Quantiles, at shares in [0, 1), of Gaussians that are cut off at the borders of the space."""
-    sigmas = jnp.maximum(sigmas, jnp.finfo(sigmas.dtype).tiny)
-    last = last_indices(shape, means.dtype).reshape((1,) * (means.ndim - 1) + (-1,))
-    low, high = (-0.5 - means) / sigmas, (last + 0.5 - means) / sigmas
+def _quantiles(shares, mean, sigma, shape):
+    """Quantiles, at shares [n,r] in [0, 1), of a Gaussian [1,r] that is cut off at the borders."""
+    sigma = jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny)
+    last = last_indices(shape, mean.dtype)[None]
+    low, high = (-0.5 - mean) / sigma, (last + mean.dtype.type(0.5) - mean) / sigma
     # Turned around where the mean lies below the space: only lower tails keep their digits.
     below = low > 0
     low, high = jnp.where(below, -high, low), jnp.where(below, -low, high)
     start, stop = (jax.scipy.special.ndtr(x) for x in (low, high))
     # Too far away for any digits, the space is the border that is nearest.
-    scores = jnp.where(stop > 0, jax.scipy.special.ndtri(start + shares * (stop - start)), high)
-    return means + sigmas * jnp.where(below, -1, 1) * jnp.clip(scores, low, high)
+    inside = jax.scipy.special.ndtri(start + shares.astype(mean.dtype) * (stop - start))
+    scores = jnp.clip(jnp.where(stop > 0, inside, high), low, high)
+    return mean + sigma * jnp.where(below, -1, 1) * scores
 
 
 def _even(count: int, r: int) -> np.ndarray:
@@ -165,22 +167,24 @@ def _even(count: int, r: int) -> np.ndarray:
     for _ in range(64):
         root = (1 + root) ** (1 / r)
     turns = np.arange(count)[:, None] + _OFFSET
-    rates = np.concatenate([[1 / count], root ** -np.arange(1.0, r)])
+    rates = np.concatenate([[1 / max(count, 1)], root ** -np.arange(1.0, r)])
     return turns * rates % 1
 
 
-def _draw(key: jax.Array, shape: tuple[int, ...], sizes: np.ndarray) -> jax.Array:
-    """Draws integers, int32 of `shape`, uniformly from [0, sizes); sizes int32 broadcast with it.
+def _draw(key, shape, sizes):
+    """Draws integers, int32 of `shape` [...,r], uniformly from [0, sizes[r]).
 
     They are the upper words of the products of `sizes` and 32 random bits, made of halves: exact in
     32 bits, always in bounds, and no integer more likely than another by more than one word in
-    2^32. (`jax.random.randint` draws twice as many bits and takes remainders, which CPUs do one at
-    a time.) Bits are drawn as one flat array, since counting them along several axes costs as much
-    as drawing them.
+    2^32. (`jax.random.randint` draws twice as many bits and takes remainders, one at a time.) Bits
+    are drawn as one flat array, since counting them along several axes costs as much as drawing
+    them.
     """
+
     bits = jax.random.bits(key, (math.prod(shape),), jnp.uint32).reshape(shape)
     high, low = bits >> 16, bits & 0xFFFF
-    size_high, size_low = np.uint32(sizes >> 16), np.uint32(sizes & 0xFFFF)
+    sizes = per_axis(sizes, bits).astype(np.uint32)
+    size_high, size_low = sizes >> 16, sizes & 0xFFFF
     middle = high * size_low + (low * size_low >> 16)
     carry = (low * size_high + (middle & 0xFFFF)) >> 16
     return (high * size_high + (middle >> 16) + carry).astype(jnp.int32)
@@ -191,8 +195,8 @@ def round_means(means: jax.Array, shape: Sequence[int]) -> jax.Array:
     return _to_indices(jnp.round(jax.lax.stop_gradient(means)), shape)
 
 
-def _to_indices(whole: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _to_indices(whole, shape):
     """Clips whole numbers, floating [..., r], to [0, shape) and makes them int32."""
     whole = whole.astype(accumulator(whole.dtype))
-    last = last_indices(shape, whole.dtype).reshape((1,) * (whole.ndim - 1) + (-1,))
+    last = per_axis(last_indices(shape, whole.dtype), whole)
     return jnp.clip(whole, 0, last).astype(jnp.int32)

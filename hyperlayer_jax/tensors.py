@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax import checks, kernels
-from hyperlayer_jax.kernels import accumulator
+from hyperlayer_jax.lift import lift
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
 
@@ -21,7 +21,8 @@ def contract(
     entries up in unordered rows. Nothing of the dense size is formed. Gradients reach values and x.
 
     Args:
-      tensor: the sparse tensor, with leading axes *B. Its indices lie inside its shapes.
+      tensor: the sparse tensor, with leading axes *B. An entry with a coordinate outside its axis
+        is absent.
       x: float [*B, *in_shape, *D], *D any trailing feature axes, of the dtype of the values.
       implementation: the kernel backend, chosen by platform, dtype and shape where None.
 
@@ -32,6 +33,7 @@ def contract(
       ValueError: an argument has the wrong shape or dtype, or `implementation` is unknown.
       NotImplementedError: the backend named cannot do this.
     """
+    tensor, x = checks.as_arrays((tensor, x))
     leading, out_shape, in_shape = checks.check_tensor(tensor)
     checks.check_float("x", x, len(leading) + len(in_shape), "[*B, *in_shape, *D]")
     want = (*leading, *in_shape)
@@ -73,13 +75,18 @@ def todense(tensor: SparseTensor | RowSparseTensor) -> jax.Array:
     Raises:
       ValueError: the tensor's arrays do not fit its shapes, or the result is too large to index.
     """
+    tensor = checks.as_arrays(tensor)
     leading, out_shape, in_shape = checks.check_tensor(tensor)
     size = checks.check_size("tensor", (*out_shape, *in_shape))
     rows, columns = _rows_and_columns(tensor)
-    place = (rows * math.prod(in_shape) + columns).reshape(math.prod(leading), rows.shape[-1])
-    values = tensor.values.reshape(place.shape)
-    add = jax.vmap(lambda place, values: jnp.zeros(size, values.dtype).at[place].add(values))
-    return add(place, values).reshape(*leading, *out_shape, *in_shape)
+    present = kernels.in_bounds(rows, math.prod(out_shape))
+    present &= kernels.in_bounds(columns, math.prod(in_shape))
+    place = jnp.where(present, rows * math.prod(in_shape) + columns, -1)
+    one = jnp.ones((*leading, 1, 1), tensor.values.dtype)
+    flat = kernels.spmm(
+        place, jnp.zeros_like(place), tensor.values.reshape(rows.shape), one, num_rows=size
+    )
+    return flat.reshape(*leading, *out_shape, *in_shape)
 
 
 def transpose(tensor: SparseTensor | RowSparseTensor) -> SparseTensor:
@@ -94,15 +101,20 @@ def transpose(tensor: SparseTensor | RowSparseTensor) -> SparseTensor:
     Raises:
       ValueError: the tensor's arrays do not fit its shapes.
     """
+    tensor = checks.as_arrays(tensor)
     checks.check_tensor(tensor)
     indices, values = tensor.indices, tensor.values
     num_out = len(tensor.out_shape)
     if isinstance(tensor, RowSparseTensor):
         *leading, rows, p, r = indices.shape
         row = np.stack(np.unravel_index(np.arange(rows), tensor.out_shape), -1).astype(np.int32)
-        row = row.reshape((1,) * len(leading) + (rows, 1, num_out))
-        row = jnp.broadcast_to(row, (*leading, rows, p, num_out))
-        indices = jnp.concatenate([row, indices], -1).reshape(*leading, rows * p, num_out + r)
+
+        @lift("(i,p,r)->(n,R)")
+        def entries(columns):
+            every = jnp.broadcast_to(jnp.asarray(row)[:, None], (rows, p, num_out))
+            return jnp.concatenate([every, columns], -1).reshape(rows * p, num_out + r)
+
+        indices = entries(indices)
         values = values.reshape(*leading, rows * p)
     indices = jnp.concatenate([indices[..., num_out:], indices[..., :num_out]], -1)
     return SparseTensor(indices, values, tensor.in_shape, tensor.out_shape)
@@ -114,7 +126,7 @@ def sparse_softmax(
     """Softmax over the stored entries of every output row (equation 9 of docs/method.md).
 
     Args:
-      tensor: its values are logits; -inf masks an entry.
+      tensor: its values are logits; -inf masks an entry. Entries outside its shapes are absent.
 
     Returns:
       The same tensor with values in [0, 1]: the rows sum to 1, masked entries are 0, and so are
@@ -123,46 +135,65 @@ def sparse_softmax(
     Raises:
       ValueError: the tensor's arrays do not fit its shapes.
     """
-    leading, out_shape, _ = checks.check_tensor(tensor)
-    dtype = tensor.values.dtype
-    logits = tensor.values.astype(accumulator(dtype))
+    tensor = checks.as_arrays(tensor)
+    _, out_shape, in_shape = checks.check_tensor(tensor)
+    logits = tensor.values.astype(kernels.accumulator(tensor.values.dtype))
     if isinstance(tensor, RowSparseTensor):
-        top = jax.lax.stop_gradient(logits.max(-1, keepdims=True, initial=-jnp.inf))
-        weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))
-        total = weights.sum(-1, keepdims=True)
-        weights = weights / jnp.where(total > 0, total, 1)
+        columns = _ravel(tensor.indices, in_shape)
+        logits = jnp.where(kernels.in_bounds(columns, math.prod(in_shape)), logits, -jnp.inf)
+        weights = _softmax(logits)
     else:
-        rows, _ = _rows_and_columns(tensor)
-        flat = (math.prod(leading), rows.shape[-1])
-        softmax = jax.vmap(lambda r, x: _segment_softmax(r, x, math.prod(out_shape)))
-        weights = softmax(rows.reshape(flat), logits.reshape(flat)).reshape(logits.shape)
-    return type(tensor)(tensor.indices, weights.astype(dtype), tensor.out_shape, tensor.in_shape)
+        rows, columns = _rows_and_columns(tensor)
+        weights = segment_softmax(rows, columns, logits, math.prod(out_shape), math.prod(in_shape))
+    weights = weights.astype(tensor.values.dtype)
+    return type(tensor)(tensor.indices, weights, tensor.out_shape, tensor.in_shape)
 
 
-def _segment_softmax(rows, logits, num_rows):
-    """Softmax of `logits` [n] among those of equal `rows` [n]."""
-    top = jnp.full(num_rows, -jnp.inf, logits.dtype).at[rows].max(jax.lax.stop_gradient(logits))
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0)[rows])
-    total = jnp.zeros(num_rows, logits.dtype).at[rows].add(weights)
-    return weights / jnp.where(total > 0, total, 1)[rows]
+def _softmax(logits):
+    """Over the last axis; 0 where all are -inf."""
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True, initial=-jnp.inf))
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))
+    total = weights.sum(-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
 
 
-def _ravel(indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Numbers coordinates int32 [..., r] in row-major order: int32 [...]."""
-    flat = indices[..., 0]
-    for axis, size in enumerate(shape[1:], start=1):
+def segment_softmax(
+    rows: jax.Array, columns: jax.Array, logits: jax.Array, num_rows: int, num_columns: int
+) -> jax.Array:
+    """Softmax of logits [*B, n] among those of equal `rows` int32 [*B, n].
+
+    Entries outside [0, num_rows) or, by `columns`, outside [0, num_columns) get 0.
+    """
+    present = kernels.in_bounds(rows, num_rows) & kernels.in_bounds(columns, num_columns)
+    rows, zeros = jnp.where(present, rows, -1), jnp.zeros_like(rows)
+    one = jnp.ones((*rows.shape[:-1], 1, 1), logits.dtype)
+
+    def at_entries(of_rows):
+        return kernels.sddmm(rows, zeros, of_rows[..., None], one)
+
+    logits = jnp.where(present, logits, -jnp.inf)
+    top = kernels.row_max(rows, logits, num_rows=num_rows)
+    weights = jnp.exp(logits - at_entries(jnp.where(jnp.isfinite(top), top, 0)))
+    total = kernels.spmm(rows, zeros, weights, one, num_rows=num_rows)[..., 0]
+    total = at_entries(total)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+def _ravel(indices, shape):
+    """Numbers coordinates int32 [..., r] in row-major order: int32 [...], outside if one is."""
+    if len(shape) == 1:
+        return indices[..., 0]
+    flat, present = jnp.zeros_like(indices[..., 0]), True
+    for axis, size in enumerate(shape):
         flat = flat * size + indices[..., axis]
-    return flat
+        present &= kernels.in_bounds(indices[..., axis], size)
+    return jnp.where(present, flat, -1)
 
 
 def _rows_and_columns(tensor):
     """The entries [*B, n] of a tensor by flattened output and input index."""
-    if isinstance(tensor, SparseTensor):
-        num_out = len(tensor.out_shape)
-        rows = _ravel(tensor.indices[..., :num_out], tensor.out_shape)
-        return rows, _ravel(tensor.indices[..., num_out:], tensor.in_shape)
-    columns = _ravel(tensor.indices, tensor.in_shape)
-    rows = np.arange(columns.shape[-2], dtype=np.int32)[:, None]
-    rows = jnp.broadcast_to(rows.reshape((1,) * (columns.ndim - 2) + rows.shape), columns.shape)
-    flat = (*columns.shape[:-2], columns.shape[-2] * columns.shape[-1])
-    return rows.reshape(flat), columns.reshape(flat)
+    if isinstance(tensor, RowSparseTensor):
+        tensor = transpose(transpose(tensor))
+    num_out = len(tensor.out_shape)
+    rows = _ravel(tensor.indices[..., :num_out], tensor.out_shape)
+    return rows, _ravel(tensor.indices[..., num_out:], tensor.in_shape)

@@ -26,9 +26,10 @@ def transform_means(raw: jax.Array, shape: Sequence[int], *, method: str = "sigm
       ValueError: `raw` is not floating [*B, k, r], `shape` does not have r axes, or `method` is
         unknown.
     """
+    raw = checks.as_arrays(raw)
     checks.check_float("raw", raw, 2, "[*B, k, r]")
     shape = checks.check_shape("shape", shape, raw.shape[-1])
-    last = _like(last_indices(shape, raw.dtype), raw)
+    last = per_axis(last_indices(shape, raw.dtype), raw)
     if method == "sigmoid":
         return materialize(jax.nn.sigmoid(raw)) * last
     if method == "clip":
@@ -56,6 +57,7 @@ def transform_sigmas(
     Raises:
       ValueError: `raw` is not floating, or `shape`, `scale` or `minimum` is out of range.
     """
+    raw = checks.as_arrays(raw)
     checks.check_float("raw", raw, 1, "[*B, k]")
     shape = checks.check_shape("shape", shape)
     if not scale > 0:
@@ -63,7 +65,7 @@ def transform_sigmas(
     if not minimum >= 0:
         raise ValueError(f"minimum: got {minimum}, want >= 0")
     unit = materialize(jax.nn.softplus(raw))[..., None]
-    sigmas = unit * _like((scale * np.asarray(shape)).astype(raw.dtype), unit)
+    sigmas = unit * per_axis(scale * np.asarray(shape), unit).astype(raw.dtype)
     return jnp.maximum(sigmas + minimum, jnp.finfo(raw.dtype).tiny)
 
 
@@ -75,6 +77,6 @@ def last_indices(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
     return np.where(nearest.astype(np.float64) > exact, below, nearest)
 
 
-def _like(axes: np.ndarray, x: jax.Array) -> np.ndarray:
-    """One number per axis of the index space, with as many axes as `x` to broadcast with it."""
-    return axes.reshape((1,) * (x.ndim - 1) + axes.shape)
+def per_axis(axes: Sequence[float], x: jax.Array) -> np.ndarray:
+    """One number per axis of the index space, [r], with as many axes as `x` [*B,r]."""
+    return np.expand_dims(np.asarray(axes), tuple(range(x.ndim - 1)))

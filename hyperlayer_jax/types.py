@@ -9,6 +9,13 @@ import dataclasses
 import jax
 
 
+def _make_hashable(tensor):
+    """Lists of sizes become tuples, which `jit` takes."""
+    for name in ("out_shape", "in_shape"):
+        if isinstance(shape := getattr(tensor, name), list):
+            object.__setattr__(tensor, name, tuple(shape))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IndexTuples:
@@ -46,6 +53,7 @@ class SparseTensor:
     values: jax.Array
     out_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     in_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    __post_init__ = _make_hashable
 
 
 @jax.tree_util.register_dataclass
@@ -65,3 +73,4 @@ class RowSparseTensor:
     values: jax.Array
     out_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     in_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    __post_init__ = _make_hashable

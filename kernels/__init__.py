@@ -3,7 +3,7 @@
 from .attention import block_attention, gathered_attention
 from .dispatch import implementations
 from .numerics import accumulator, in_bounds, materialize
-from .products import ell_sddmm, ell_spmm, ell_spmm_transposed, sddmm, spmm
+from .products import ell_sddmm, ell_spmm, ell_spmm_transposed, row_max, sddmm, spmm
 from .redistribution import duplicate_mask, materialize_points, redistribute
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "materialize",
     "materialize_points",
     "redistribute",
+    "row_max",
     "sddmm",
     "spmm",
 ]

@@ -33,6 +33,7 @@ SERVES = {
     "ell_sddmm": _PRODUCTS,
     "spmm": _PRODUCTS,
     "sddmm": _PRODUCTS,
+    "row_max": ("reference",),
     "redistribute": ("reference", "cpu", "tpu"),
     "shares": ("reference", "cpu"),
     "duplicate_mask": ("reference", "cpu"),

@@ -29,7 +29,7 @@ MODULES = [entry for entry in CLASSES if entry[0] == "hyperlayer_jax.nn"]
 # From the bottom up: a module imports only modules of lower lines.
 LAYERS = [
     {"hyperlayer_jax.kernels"},
-    {"hyperlayer_jax.types"},
+    {"hyperlayer_jax.lift", "hyperlayer_jax.types"},
     {"hyperlayer_jax.checks"},
     {"hyperlayer_jax.transforms"},
     {"hyperlayer_jax.sampling"},

@@ -173,10 +173,10 @@ def test_global_points_are_uniform_wherever_the_mean_is(shape, mean):
 
 
 def test_draws_are_the_upper_words_of_products_with_random_bits():
-    sizes = np.array([[1, 5, 2**16 - 1, 2**16, 2**16 + 1, 2**31 - 1]], np.int32)
+    sizes = np.array([1, 5, 2**16 - 1, 2**16, 2**16 + 1, 2**31 - 1], np.int32)
     draws = sampling._draw(KEY, (1000, 6), sizes)
     bits = np.asarray(jax.random.bits(KEY, (6000,), jnp.uint32), np.uint64).reshape(1000, 6)
-    assert_equal(draws, (bits * sizes.astype(np.uint64) >> 32).astype(np.int32))
+    assert_equal(draws, (bits * sizes.astype(np.uint64)[None] >> 32).astype(np.int32))
 
 
 @pytest.mark.parametrize(("mean", "start"), [(0.0, 0), (6.4, 4), (19.0, 15)])

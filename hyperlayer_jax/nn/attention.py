@@ -12,6 +12,7 @@ from flax import nnx
 from hyperlayer_jax import checks
 from hyperlayer_jax.attention import at_keys, sparse_attention
 from hyperlayer_jax.hyperlayer import discretize
+from hyperlayer_jax.lift import reshape
 from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.nn.positions import HIDDEN, FreeEntries, FreePositions, LearnedPositions
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
@@ -88,6 +89,7 @@ class SparseSelfAttention(nnx.Module):
         shared: bool = False,
         rotary: bool = True,
         dtype: jnp.dtype | None = None,
+        implementation: str | None = None,
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -116,6 +118,7 @@ class SparseSelfAttention(nnx.Module):
             that is nearly right without a gradient (docs/offset.md).
           dtype: of the computation; where None, what the input and float32 parameters promote to.
             Positions are always float32.
+          implementation: the kernel backend, chosen by device where None.
           deterministic: takes fixed points instead of drawing them; for evaluation,
             `nnx.view(model, deterministic=True)`.
           rngs: the streams `params` and `sample`.
@@ -156,6 +159,7 @@ class SparseSelfAttention(nnx.Module):
         self.rotary = rotary
         self.deterministic = deterministic
         self.dtype = dtype
+        self.implementation = implementation
 
         outputs = (num_heads + 2 * num_kv_heads) * self.head_features
         self.project = TokenLinear(features, outputs, use_bias=False, dtype=dtype, rngs=rngs)
@@ -191,7 +195,7 @@ class SparseSelfAttention(nnx.Module):
           ValueError: x or mask has the wrong shape or dtype.
         """
         self._check(x, mask)
-        length = x.shape[1]
+        x, length = _existing(x, mask), x.shape[1]
         query, key, value = self._project(x, jnp.arange(length, dtype=jnp.int32))
         if self.kind == "dense":
             out = self._dense(query, key, value, mask)
@@ -202,7 +206,7 @@ class SparseSelfAttention(nnx.Module):
             pattern = self._pattern(x, mask)
             if pattern is not None:
                 rows = np.s_[:, self.stride - 1 :: self.stride]
-                seen = sparse_attention(query[rows], key, value, pattern, mask=mask)
+                seen = self._attend(query[rows], key, value, pattern, mask=mask)
                 out = out.at[rows].set(seen)
         elif self.kind == "block":
             padding = [(0, 0), (0, -length % self.block)]
@@ -212,11 +216,10 @@ class SparseSelfAttention(nnx.Module):
             exists = None if exists is None else jnp.pad(exists, padding)
             padded = (jnp.pad(y, [*padding, (0, 0), (0, 0)]) for y in (query, key, value))
             pattern = self._pattern(x, mask)
-            out = sparse_attention(*padded, pattern, causal=self.causal, mask=exists)[:, :length]
+            out = self._attend(*padded, pattern, causal=self.causal, mask=exists)[:, :length]
         else:
-            out = sparse_attention(query, key, value, self._pattern(x, mask), mask=mask)
-        out = self.merge(out.reshape(*x.shape[:2], -1))
-        return out if mask is None else jnp.where(mask[..., None], out, 0)
+            out = self._attend(query, key, value, self._pattern(x, mask), mask=mask)
+        return _existing(self.merge(out.reshape(x.shape)), mask)
 
     def pattern(
         self, x: jax.Array, *, mask: jax.Array | None = None
@@ -236,7 +239,7 @@ class SparseSelfAttention(nnx.Module):
           ValueError: x or mask has the wrong shape or dtype.
         """
         self._check(x, mask)
-        return self._pattern(x, mask)
+        return self._pattern(_existing(x, mask), mask)
 
     def init_cache(self, batch: int) -> AttentionCache:
         """An empty cache for `extend`, of the dtype of the layer, float32 where that is None.
@@ -270,13 +273,19 @@ class SparseSelfAttention(nnx.Module):
           cache: from `init_cache`, or from the call for the tokens before.
 
         Returns:
-          [B, T, E], and the cache with these tokens in it.
+          [B, T, E], and the cache with these tokens in it. NaN where more than max_length tokens
+          are found only when the program runs.
 
         Raises:
-          ValueError: x has the wrong shape or dtype.
+          ValueError: x has the wrong shape or dtype, or there are more than max_length tokens.
         """
         self._check(x, None)
         length = x.shape[1]
+        end = cache.length + length
+        if not isinstance(end, jax.core.Tracer) and end > self.max_length:
+            raise ValueError(
+                f"x: got {length} tokens after {cache.length}, want {self.max_length} at most"
+            )
         rows = cache.length + jnp.arange(length, dtype=jnp.int32)
         query, key, value = self._project(x, rows)
 
@@ -293,17 +302,18 @@ class SparseSelfAttention(nnx.Module):
             out = jax.nn.dot_product_attention(query, keys, values, mask=seen[None, None])
         else:
             if self.kind == "learned2d":
-                pattern = self._entries(rows, len(x), self.max_length)
+                pattern = self._entries(rows, x.shape[0], self.max_length)
             elif self.kind == "block":
                 raw, pattern = self._cached_blocks(x, others, rows, raw)
             else:
                 pattern = self._rows(x, others, rows, self.max_length, None)
-            out = sparse_attention(query, keys, values, pattern)
+            out = self._attend(query, keys, values, pattern)
         if self.kind == "strided":
             looks_back = ((rows + 1) % self.stride == 0)[None, :, None, None]
             out = jnp.where(looks_back, out, self._own_values(value))
-        cache = AttentionCache(cache.length + length, keys, values, total, raw)
-        return self.merge(out.reshape(*x.shape[:2], -1)), cache
+        out = self.merge(out.reshape(x.shape))
+        cache = AttentionCache(end, keys, values, total, raw)
+        return jnp.where(end <= self.max_length, out, jnp.nan), cache
 
     def set_view(self, *, deterministic: bool | None = None):
         """Called by `nnx.view`.
@@ -325,6 +335,9 @@ class SparseSelfAttention(nnx.Module):
         if mask is not None:
             checks.check_mask("mask", mask, x.shape[:2])
 
+    def _attend(self, *operands, **options):
+        return sparse_attention(*operands, implementation=self.implementation, **options)
+
     def _pattern(self, x, mask):
         """`pattern` of what has been checked."""
         length = x.shape[1]
@@ -332,17 +345,15 @@ class SparseSelfAttention(nnx.Module):
         if self.kind == "dense" or (self.kind == "strided" and length < self.stride):
             return None
         if self.kind == "learned2d":
-            return self._entries(rows, len(x), length)
+            return self._entries(rows, x.shape[0], length)
         others = self._others(x, mask)
         if self.kind == "block":
             first, exists = np.s_[:, :: self.block], None
             x, others = x[first], others[first]
             rows = rows[: x.shape[1]]
             if mask is not None:
-                # A block begins with a token that need not exist, and may have others that do.
-                x = jnp.where(mask[first][..., None], x, 0)
                 exists = jnp.pad(mask, [(0, 0), (0, -length % self.block)])
-                exists = exists.reshape(len(x), -1, self.block).any(-1)
+                exists = exists.reshape(x.shape[0], -1, self.block).any(-1)
             raw = self.positions.raw(x, others, rows)
             blocks, weights = self._blocks(raw, rows, rows.size, exists)
             return RowSparseTensor(blocks[..., None], weights, (rows.size,), (rows.size,))
@@ -376,10 +387,9 @@ class SparseSelfAttention(nnx.Module):
         def blocks(x, before=0, behind=0):
             pad = [(0, 0), (before, num_blocks * size - length + behind)]
             x = jnp.pad(x, pad + [(0, 0)] * (x.ndim - 2))
+            shape = batch * num_blocks, size, *x.shape[2:]
             parts = [
-                x[:, first : first + num_blocks * size].reshape(
-                    batch * num_blocks, size, *x.shape[2:]
-                )
+                reshape(x[:, first : first + num_blocks * size], shape)
                 for first in range(0, before + behind + 1, size)
             ]
             return jnp.concatenate(parts, axis=1)
@@ -390,7 +400,7 @@ class SparseSelfAttention(nnx.Module):
         out = jax.nn.dot_product_attention(
             blocks(query), key, value, mask=seen[:, None, None] & band[None, None]
         )
-        return out.reshape(batch, num_blocks * size, *out.shape[2:])[:, :length]
+        return reshape(out, (batch, num_blocks * size, *out.shape[2:]))[:, :length]
 
     def _own_values(self, value):
         """What each head gets where a token sees only itself: [B, T, N, H]."""
@@ -417,7 +427,7 @@ class SparseSelfAttention(nnx.Module):
             return RowSparseTensor(columns[..., None], weights, (rows.size,), (length,))
         if self.kind == "static":
             free, raw = self.positions, self.positions.raw()[None]
-            raw = jnp.broadcast_to(raw, (len(x), raw.shape[1], rows.size, *raw.shape[3:]))
+            raw = jnp.broadcast_to(raw, (x.shape[0], raw.shape[1], rows.size, *raw.shape[3:]))
         else:
             free, raw = self.positions.free, self.positions.raw(x, others, rows)
 
@@ -462,10 +472,11 @@ class SparseSelfAttention(nnx.Module):
             return seen if exists is None else seen & at_keys(exists, columns)
 
         indices, weights = self._points(self.positions.free.tuples(raw, rows), size, visible)
-        own = rows.reshape((1,) * (weights.ndim - 2) + (-1, 1))
-        own = jnp.broadcast_to(own, (*weights.shape[:-1], 1))
+        own = jnp.zeros_like(indices[..., :1, 0]) + jnp.expand_dims(
+            rows, (*range(indices.ndim - 3), -1)
+        )
         columns = jnp.concatenate([own, indices[..., 0]], -1)
-        return columns, jnp.concatenate([jnp.ones(own.shape), weights], -1)
+        return columns, jnp.concatenate([jnp.ones_like(weights[..., :1]), weights], -1)
 
     def _cached_blocks(self, x, others, rows, raw):
         """Raw positions with those of the blocks that begin here, and the pattern of the tokens."""
@@ -493,12 +504,18 @@ class SparseSelfAttention(nnx.Module):
             num_local=self.num_local,
             region=self.region,
             where=where,
+            implementation=self.implementation,
         )
         return tuple(x[:, 0] for x in points) if points[0].shape[1] == 1 else points
 
 
+def _existing(x, mask):
+    """Tokens [B, T, E], 0 where a mask [B, T] says that there are none, whatever stood there."""
+    return x if mask is None else jnp.where(mask[..., None], x, 0)
+
+
 def _running_sum(x):
-    """The sum over axis 1 up to each place; `cumsum` takes CPUs up to ten times as long."""
+    """The sum over axis 1 up to each place."""
     return jax.lax.associative_scan(jnp.add, x, axis=1)
 
 

@@ -198,6 +198,7 @@ class GlimpseAttention(nnx.Module):
         num_global: int = 0,
         num_local: int = 0,
         region: int | Sequence[int] | None = None,
+        implementation: str | None = None,
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -217,6 +218,7 @@ class GlimpseAttention(nnx.Module):
           num_local: points per output pixel drawn from the region; deterministic, spread evenly
             over it.
           region: the axes of the region around a mean; needed when num_local > 0.
+          implementation: the kernel backend, chosen by device where None.
           deterministic: takes fixed points instead of drawing them; for evaluation,
             `nnx.view(model, deterministic=True)`.
           rngs: the streams `params` and `sample`.
@@ -237,6 +239,7 @@ class GlimpseAttention(nnx.Module):
         self.num_global = num_global
         self.num_local = num_local
         self.region = region
+        self.implementation = implementation
         self.deterministic = deterministic
         self.rngs = rngs["sample"].fork()
 
@@ -258,8 +261,10 @@ class GlimpseAttention(nnx.Module):
             num_global=self.num_global,
             num_local=self.num_local,
             region=self.region,
+            implementation=self.implementation,
         )
-        return Glimpses(_read(images, indices, values, means), means, sigmas)
+        patches = _read(images, indices, values, means, implementation=self.implementation)
+        return Glimpses(patches, means, sigmas)
 
     def set_view(self, *, deterministic: bool | None = None):
         """Called by `nnx.view`.
@@ -434,12 +439,12 @@ def _rows(means):
     return means.reshape(*means.shape[:-4], math.prod(means.shape[-4:-1]), 2)
 
 
-def _read(images, indices, values, means):
+def _read(images, indices, values, means, *, implementation=None):
     """Contracts images with one row of entries for each output pixel: [*B, g, h, w, C]."""
     tensor = RowSparseTensor(
         indices, values.astype(images.dtype), means.shape[-4:-1], images.shape[-3:-1]
     )
-    return contract(tensor, images)
+    return contract(tensor, images, implementation=implementation)
 
 
 def _no_sigmas(means):

@@ -44,6 +44,7 @@ class HyperLayer(nnx.Module):
         num_local: int = 0,
         region: int | Sequence[int] | None = None,
         use_bias: bool = False,
+        implementation: str | None = None,
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -60,6 +61,7 @@ class HyperLayer(nnx.Module):
           num_local: points per tuple drawn from the region.
           region: the axes of the region around a mean; needed when num_local > 0.
           use_bias: adds a learned [*out_shape], 0 at first.
+          implementation: the kernel backend, chosen by device where None.
           deterministic: rounds the means; `nnx.view(model, deterministic=True)` for evaluation.
           rngs: the stream `sample` draws points.
 
@@ -88,6 +90,7 @@ class HyperLayer(nnx.Module):
         if self.num_local and region is None:
             raise ValueError("region: got None, want the axes of the region when num_local > 0")
         self.region = region
+        self.implementation = implementation
         self.bias = nnx.Param(jnp.zeros(self.out_shape)) if use_bias else nnx.data(None)
         self.deterministic = deterministic
         self.rngs = rngs["sample"].fork()
@@ -98,7 +101,8 @@ class HyperLayer(nnx.Module):
             "x", x, len(self.in_shape) + self.num_feature_axes, "[*B, *in_shape, *D]"
         )
         num_batch_axes = x.ndim - len(self.in_shape) - self.num_feature_axes
-        y = contract(self.tensor(self.hypernetwork(x), num_batch_axes, x.dtype), x)
+        tensor = self.tensor(self.hypernetwork(x), num_batch_axes, x.dtype)
+        y = contract(tensor, x, implementation=self.implementation)
         if self.bias is None:
             return y
         return y + self.bias[...].astype(y.dtype).reshape(
@@ -123,6 +127,7 @@ class HyperLayer(nnx.Module):
                 num_global=self.num_global,
                 num_local=self.num_local,
                 region=self.region,
+                implementation=self.implementation,
             )
         values = values.astype(dtype)
         if self.by_output:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hyperlayer_jax import checks
+from hyperlayer_jax.kernels import in_bounds
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
 from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
@@ -115,10 +116,11 @@ class TransformerLM(nnx.Module):
           mask: bool [B, T], the tokens that exist; all where None.
 
         Returns:
-          float32 [B, T, V].
+          float32 [B, T, V]; NaN where tokens outside the vocabulary are found only when the
+          program runs.
 
         Raises:
-          ValueError: tokens or mask has the wrong shape or dtype.
+          ValueError: tokens or mask has the wrong shape or dtype, or tokens are out of range.
         """
         x = self._embed(tokens, jnp.arange(tokens.shape[-1], dtype=jnp.int32))
         for block in self.blocks:
@@ -166,7 +168,13 @@ class TransformerLM(nnx.Module):
             raise ValueError(
                 f"tokens: got shape {tokens.shape}, want [B, T] with T up to {self.max_length}"
             )
-        x = self.embed(tokens)
+        known = in_bounds(tokens, self.embed.num_embeddings)
+        if not isinstance(known, jax.core.Tracer) and not known.all():
+            raise ValueError(
+                f"tokens: got {tokens.min()} to {tokens.max()}, want 0 to "
+                f"{self.embed.num_embeddings - 1}"
+            )
+        x = jnp.where(known[..., None], self.embed(tokens), jnp.nan)
         if self.places is not None:
             x = x + self.places(places)[None]
         return self.dropout(x)

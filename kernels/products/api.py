@@ -12,7 +12,7 @@ is 0, and nothing is read or written out of bounds. Differentiable to any order,
 import jax
 
 from ..arguments import check, check_size
-from ..primitives import LEFT, RIGHT, VALUES, product
+from ..primitives import LEFT, RIGHT, VALUES, function, product
 
 
 def ell_spmm(
@@ -162,3 +162,32 @@ def sddmm(
         implementation, rows=(rows, "n"), cols=(cols, "n"), lhs=(lhs, "id"), rhs=(rhs, "jd")
     )
     return product("coo", VALUES, *arrays, implementation=implementation)
+
+
+def row_max(
+    rows: jax.Array, values: jax.Array, *, num_rows: int, implementation: str | None = None
+) -> jax.Array:
+    """The largest value of each row: out[r] = max of values[n] over the entries with rows[n] = r.
+
+    Args:
+      rows: int32 [*B,n] in [0, num_rows).
+      values: float [*B,n], taken as constants: no gradient reaches them.
+      num_rows: rows of the result, a static integer.
+      implementation: backend by name, or None to choose.
+
+    Returns:
+      [*B,num_rows], of the dtype of `values`; -inf for a row without entries.
+
+    Raises:
+      ValueError: on a shape, dtype, size or implementation other than these.
+    """
+    rows, values = check(implementation, rows=(rows, "n"), values=(values, "n"))
+    num_rows = check_size("num_rows", num_rows)
+    return function(
+        "row_max",
+        rows,
+        jax.lax.stop_gradient(values),
+        leading=rows.ndim - 1,
+        results=[((num_rows,), values.dtype)],
+        num_rows=num_rows,
+    )

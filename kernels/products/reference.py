@@ -59,3 +59,14 @@ def sddmm(rows: jax.Array, cols: jax.Array, lhs: jax.Array, rhs: jax.Array) -> j
     dots = dot("nd,nd->n", gather_rows(lhs, rows), gather_rows(rhs, cols))
     present = in_bounds(rows, lhs.shape[0]) & in_bounds(cols, rhs.shape[0])
     return jnp.where(present, dots, 0).astype(lhs.dtype)
+
+
+def row_max(rows: jax.Array, values: jax.Array, *, num_rows: int) -> tuple[jax.Array]:
+    """out[r] = the largest of values[n] with rows[n] = r; -inf where there is none."""
+
+    @functools.partial(jnp.vectorize, signature="(n),(n)->(i)")
+    def scatter(rows, values):
+        out = jnp.full_like(values, -jnp.inf, shape=num_rows)
+        return out.at[rows].max(values, mode="drop", wrap_negative_indices=False)
+
+    return (scatter(rows, values),)

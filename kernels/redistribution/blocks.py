@@ -26,7 +26,8 @@ def scan_tuples(
       The last carry, and the results of all blocks side by side.
     """
     k = jax.tree.leaves(tuples)[0].shape[axis]
-    num_blocks = min(k, -(-k * num_points // MAX_BLOCK))
+    # A batch whose size is a symbol is taken to be small.
+    num_blocks = min(k, -(-k * num_points // MAX_BLOCK)) if isinstance(num_points, int) else 1
     if num_blocks <= 1:
         return step(carry, tuples)
     size = -(-k // num_blocks)

@@ -1,0 +1,55 @@
+"""Functions written for one chunk, lifted to any leading axes, on meshes of explicit axes too."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+def lift(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`jnp.vectorize` whose arguments may be sharded over leading axes, or not.
+
+    Args:
+      signature: the axes of one chunk, such as "(k,r),(m)->(m)".
+
+    Returns:
+      A decorator.
+    """
+    ranks = [
+        len([axis for axis in axes.strip("( )").split(",") if axis])
+        for axes in signature.split("->", maxsplit=1)[0].split("),")
+    ]
+
+    def decorate(function):
+        vectorized = jnp.vectorize(function, signature=signature)
+
+        @functools.wraps(function)
+        def lifted(*arrays):
+            leading = [spec_of(x)[: x.ndim - rank] for x, rank in zip(arrays, ranks, strict=True)]
+            if not any(axis for spec in leading for axis in spec):
+                return vectorized(*arrays)
+            batch = [next((a for a in axes if a), None) for axes in zip(*leading, strict=True)]
+            return vectorized(*(jax.sharding.reshard(x, PartitionSpec(*batch)) for x in arrays))
+
+        return lifted
+
+    return decorate
+
+
+def spec_of(x: jax.Array) -> tuple[Any, ...]:
+    """What each axis of `x` is sharded over on a mesh of explicit axes; None elsewhere."""
+    return tuple(jax.typeof(x).sharding.spec)
+
+
+def reshape(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """`x` [B, ...] in another shape, its first axis sharded as it is where its mesh is explicit.
+
+    Args:
+      x: an array whose other axes are not sharded.
+      shape: the new shape; its first axis is B, or B times the one that followed it.
+    """
+    first = spec_of(x)[0]
+    return jnp.reshape(x, shape, out_sharding=PartitionSpec(first) if first else None)

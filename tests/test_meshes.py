@@ -1,0 +1,89 @@
+"""A batch sharded over a mesh of explicit axes, the default of `jax.make_mesh`, changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
+from laws import assert_close, assert_equal, random_tuples
+
+import hyperlayer_jax as hl
+from hyperlayer_jax import nn
+
+SPLIT = PartitionSpec("data")
+LINEAR = {"num_global": 1, "num_local": 1, "region": 3}
+ATTENTION = {"block": 4, "window": 4, "stride": 4}
+MODULES = {
+    "rows": lambda rngs: nn.SparseLinear(6, 5, 3, by_output=True, **LINEAR, rngs=rngs),
+    "entries": lambda rngs: nn.SparseLinear(6, 5, 3, **LINEAR, rngs=rngs),
+    **{
+        pattern: lambda rngs, pattern=pattern: nn.SparseSelfAttention(
+            6, 1, 16, pattern=pattern, **ATTENTION, rngs=rngs
+        )
+        for pattern in ("learned", "learned2d", "strided", "window", "block")
+    },
+    "glimpses": lambda rngs: nn.GlimpseAttention(6, (3, 3), 1, num_global=1, rngs=rngs),
+    "sort": lambda rngs: nn.SoftQuicksort(num_samples=2, certainty=3.0, rngs=rngs),
+}
+
+
+def mesh():
+    return jax.make_mesh((4,), ("data",), (AxisType.Explicit,), devices=jax.devices("cpu")[:4])
+
+
+def sharded(tree):
+    return jax.device_put(tree, SPLIT)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_learn_the_same(name):
+    graph, state = nnx.split(MODULES[name](nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (8, 14, 6))
+
+    def loss(state, x):
+        module = nnx.merge(graph, state)
+        if name == "glimpses":
+            return (module(x[..., None], x[:, 0]).patches ** 2).mean()
+        if name == "sort":
+            return (module(x, x[..., 0]).items[-1] ** 2 * x).mean()
+        return (module(x[:, 0] if name in ("rows", "entries") else x) ** 2).mean()
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1), allow_int=True))
+    value, (of_state, of_x) = run(state, x)
+    with jax.set_mesh(mesh()):
+        got_value, (got_of_state, got_of_x) = run(state, sharded(x))
+    assert jax.typeof(got_of_x).sharding.spec[0] == "data"
+    wanted = jax.tree.leaves((value, of_state, of_x))
+    for want, got in zip(wanted, jax.tree.leaves((got_value, got_of_state, got_of_x)), strict=True):
+        if want.dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(got, want, 1e-5, 1e-6)
+
+
+def test_the_same_key_draws_the_same_points():
+    tuples = random_tuples((8,), 3, 2)
+    draw = jax.jit(lambda t: hl.discretize(jax.random.key(0), t, (9, 9), num_global=2))
+    want = draw(tuples)
+    with jax.set_mesh(mesh()):
+        indices, values = draw(sharded(tuples))
+    assert_equal(indices, want[0])
+    assert_close(values, want[1])
+
+
+def test_sparse_tensors_of_entries():
+    rng = np.random.default_rng(0)
+    tensor = hl.SparseTensor(
+        jnp.asarray(rng.integers(-1, 6, (8, 9, 3)), jnp.int32), jnp.ones((8, 9)), (5, 2), (6,)
+    )
+    x = jnp.asarray(rng.normal(size=(8, 6, 2)), jnp.float32)
+
+    @jax.jit
+    def functions(tensor, x):
+        softmax = hl.sparse_softmax(tensor)
+        return hl.contract(softmax, x), hl.todense(softmax), hl.todense(hl.transpose(tensor))
+
+    want = functions(tensor, x)
+    with jax.set_mesh(mesh()):
+        got = functions(sharded(tensor), sharded(x))
+    assert [jax.typeof(y).sharding.spec[0] for y in got] == ["data"] * 3
+    assert_close(got, want)
