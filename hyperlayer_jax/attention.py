@@ -104,8 +104,10 @@ def sparse_attention(
     else:
         group = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) % groups
         rows = jnp.where(kernels.in_bounds(rows, length), rows + group * length, -1)
-        grouped = (batch, key_heads, groups * rows.shape[-1])
-        entries = (x.reshape(grouped) for x in (rows, columns, log_weights))
+        entries = (
+            x.reshape(batch, key_heads, groups * rows.shape[-1])
+            for x in (rows, columns, log_weights)
+        )
         out = _over_entries(query, key, value, *entries, **options)
     return jnp.moveaxis(out.reshape(batch, heads, length, value.shape[-1]), 1, 2)
 

@@ -1,6 +1,7 @@
 """From index tuples to the points and values of a sparse tensor."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def discretize(
     checks.check_tuples(tuples)
     dtype = accumulator(jnp.promote_types(tuples.means.dtype, tuples.values.dtype))
     checks.check_countable("shape", checks.check_shape("shape", shape), dtype)
-    counts = {"num_global": num_global, "num_local": num_local, "region": region}
+    counts: dict[str, Any] = {"num_global": num_global, "num_local": num_local, "region": region}
     if key is None:
         indices = fixed_indices(tuples.means, tuples.sigmas, shape, **counts)
     else:

@@ -44,12 +44,13 @@ def spec_of(x: jax.Array) -> tuple[Any, ...]:
     return tuple(jax.typeof(x).sharding.spec)
 
 
-def reshape(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """`x` [B, ...] in another shape, its first axis sharded as it is where its mesh is explicit.
+def reshape(x: jax.Array, shape: Sequence[int], *, leading: int = 1) -> jax.Array:
+    """`x` [*B, ...] in another shape, *B sharded as it is where the mesh has explicit axes.
 
     Args:
       x: an array whose other axes are not sharded.
-      shape: the new shape; its first axis is B, or B times the one that followed it.
+      shape: the new shape; its first axes are *B, or the last of them times the one that followed.
+      leading: how many axes *B there are.
     """
-    first = spec_of(x)[0]
-    return jnp.reshape(x, shape, out_sharding=PartitionSpec(first) if first else None)
+    spec = spec_of(x)[:leading]
+    return jnp.reshape(x, shape, out_sharding=PartitionSpec(*spec) if any(spec) else None)

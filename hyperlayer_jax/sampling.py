@@ -53,11 +53,11 @@ def sample_indices(
     means = checks.as_arrays(means)
     shape, counts, region = _check(means, shape, num_global, num_local, region)
     keys = jax.random.split(key)
-    drawn = [
+    anywhere, within = (
         _draw(key, (*means.shape[:-1], count, len(shape)), axes)
         for key, count, axes in zip(keys, counts, (shape, region), strict=True)
-    ]
-    return _around(means, *drawn, shape, region)
+    )
+    return _around(means, anywhere, within, shape, region)
 
 
 def fixed_indices(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax import checks, kernels
-from hyperlayer_jax.lift import lift
+from hyperlayer_jax.lift import lift, reshape
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
 
@@ -60,7 +60,7 @@ def contract(
             num_rows=math.prod(out_shape),
             implementation=implementation,
         )
-    return y.reshape(*leading, *out_shape, *features)
+    return reshape(y, (*leading, *out_shape, *features), leading=len(leading))
 
 
 def todense(tensor: SparseTensor | RowSparseTensor) -> jax.Array:
@@ -86,7 +86,7 @@ def todense(tensor: SparseTensor | RowSparseTensor) -> jax.Array:
     flat = kernels.spmm(
         place, jnp.zeros_like(place), tensor.values.reshape(rows.shape), one, num_rows=size
     )
-    return flat.reshape(*leading, *out_shape, *in_shape)
+    return reshape(flat, (*leading, *out_shape, *in_shape), leading=len(leading))
 
 
 def transpose(tensor: SparseTensor | RowSparseTensor) -> SparseTensor:

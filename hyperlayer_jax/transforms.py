@@ -77,6 +77,6 @@ def last_indices(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
     return np.where(nearest.astype(np.float64) > exact, below, nearest)
 
 
-def per_axis(axes: Sequence[float], x: jax.Array) -> np.ndarray:
+def per_axis(axes: Sequence[float] | np.ndarray, x: jax.Array) -> np.ndarray:
     """One number per axis of the index space, [r], with as many axes as `x` [*B,r]."""
     return np.expand_dims(np.asarray(axes), tuple(range(x.ndim - 1)))

@@ -9,11 +9,13 @@ import dataclasses
 import jax
 
 
-def _make_hashable(tensor):
+class _Sized:
     """Lists of sizes become tuples, which `jit` takes."""
-    for name in ("out_shape", "in_shape"):
-        if isinstance(shape := getattr(tensor, name), list):
-            object.__setattr__(tensor, name, tuple(shape))
+
+    def __post_init__(self):
+        for name in ("out_shape", "in_shape"):
+            if isinstance(shape := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(shape))
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +40,7 @@ class IndexTuples:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SparseTensor:
+class SparseTensor(_Sized):
     """A sparse tensor as a list of coordinates (COO). Entries at the same coordinate add up.
 
     Attributes:
@@ -53,12 +55,11 @@ class SparseTensor:
     values: jax.Array
     out_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     in_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    __post_init__ = _make_hashable
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RowSparseTensor:
+class RowSparseTensor(_Sized):
     """A sparse tensor in which every output owns p entries (ELL), contracted without a scatter.
 
     Attributes:
@@ -73,4 +74,3 @@ class RowSparseTensor:
     values: jax.Array
     out_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     in_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    __post_init__ = _make_hashable

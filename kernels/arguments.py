@@ -26,7 +26,8 @@ def check(implementation: str | None, **arguments) -> list[jax.Array]:
     """
     dispatch.check(implementation)
     arrays = [jnp.asarray(array) for array, _ in arguments.values()]
-    sizes, batch, dtype = {}, None, None
+    sizes: dict[str, int] = {}
+    batch, dtype = None, None
     for array, (name, (_, axes)) in zip(arrays, arguments.items(), strict=True):
         lead, trailing = array.shape[: -len(axes)], array.shape[-len(axes) :]
         batch = lead if batch is None else batch

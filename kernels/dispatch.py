@@ -182,7 +182,7 @@ def run(
         sizes=sizes,
         gradient=gradient,
     )
-    runs_on = _PLATFORMS.get(name, ())
+    runs_on = _PLATFORMS.get(name or "", ())
     if implementation is None and (partitioned or platform not in runs_on):
         name = "cpu" if platform == "cpu" and "cpu" in SERVES[operation] else "reference"
     function = getattr(_module(name, operation), operation + "_grad" * gradient)

@@ -25,7 +25,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from . import dispatch
 
 # Of each primitive, the function that evaluates it, and the one that tells shapes and dtypes.
-EVALUATE, _SHAPES = {}, {}
+EVALUATE: dict[Primitive, Callable[..., list]] = {}
+_SHAPES: dict[Primitive, Callable[..., list]] = {}
 
 
 def _primitive(name: str, evaluate: Callable[..., list], shapes: Callable[..., list]) -> Primitive:
@@ -107,14 +108,14 @@ def _bind(primitive: Primitive, *operands: jax.Array, **params: Any) -> list[jax
     """
     varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
     axes = frozenset().union(*varying)
-    operands = [
+    alike = [
         jax.lax.pcast(x, tuple(axes - own), to="varying")
         for x, own in zip(operands, varying, strict=True)
     ]
-    shardings = [jax.typeof(x).sharding for x in operands]
+    shardings = [jax.typeof(x).sharding for x in alike]
     explicit = [s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types]
     if not explicit:
-        return primitive.bind(*operands, **params)
+        return primitive.bind(*alike, **params)
     leading = params["leading"]
     batch = [
         next((axis for axis in axes if axis is not None), None)
@@ -122,9 +123,9 @@ def _bind(primitive: Primitive, *operands: jax.Array, **params: Any) -> list[jax
     ]
     specs = tuple(
         PartitionSpec(*batch, *[None] * (len(shape) - leading))
-        for shape, _ in _SHAPES[primitive](*operands, **params)
+        for shape, _ in _SHAPES[primitive](*alike, **params)
     )
-    return _automatic(primitive, explicit[0], specs, **params)(*operands)
+    return _automatic(primitive, explicit[0], specs, **params)(*alike)
 
 
 @functools.cache
@@ -364,7 +365,7 @@ def function(
     operation: str,
     *operands: jax.Array,
     leading: int,
-    results: Sequence[tuple[tuple[int, ...], jnp.dtype]],
+    results: Sequence[tuple[Sequence[int], Any]],
     implementation: str | None = None,
     **sizes: Any,
 ) -> jax.Array:
@@ -385,12 +386,12 @@ def function(
     Raises:
       NotImplementedError: the backend named cannot serve this.
     """
-    results = tuple((tuple(shape), jnp.dtype(dtype)) for shape, dtype in results)
+    hashable = tuple((tuple(shape), jnp.dtype(dtype)) for shape, dtype in results)
     return _bind(
         _function_p,
         *operands,
         operation=operation,
-        results=results,
+        results=hashable,
         sizes=tuple(sizes.items()),
         implementation=implementation,
         leading=leading,

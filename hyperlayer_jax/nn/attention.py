@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -167,17 +167,17 @@ class SparseSelfAttention(nnx.Module):
         # The index space: tokens, or blocks of them.
         self.size = -(-max_length // block) if pattern == "block" else max_length
         heads = 1 if shared else num_heads
-        options = {"causal": causal, "min_sigma": min_sigma}
+        options: dict[str, Any] = {"causal": causal, "min_sigma": min_sigma}
+        positions: Any = nnx.data(None)
         if pattern in ("learned", "strided", "block"):
-            self.positions = LearnedPositions(
+            positions = LearnedPositions(
                 features, heads, num_tuples, self.size, **options, rngs=rngs
             )
         elif pattern == "static":
-            self.positions = FreePositions(heads, num_tuples, self.size, **options)
+            positions = FreePositions(heads, num_tuples, self.size, **options)
         elif pattern == "learned2d":
-            self.positions = FreeEntries(heads, num_tuples, self.size, **options)
-        else:
-            self.positions = nnx.data(None)
+            positions = FreeEntries(heads, num_tuples, self.size, **options)
+        self.positions = positions
         self.rngs = rngs["sample"].fork()
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:

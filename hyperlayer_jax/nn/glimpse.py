@@ -369,8 +369,8 @@ class ReinforceGlimpses(nnx.Module):
         centres = jnp.tanh(drawn).reshape(*drawn.shape[:-1], self.num_glimpses, 2)
         shape = images.shape[-3:-1]
         half = [(n - 1) / max(s - 1, 1) for n, s in zip(self.glimpse_shape, shape, strict=True)]
-        half = jnp.broadcast_to(np.float32(half), centres.shape)
-        means = box_means(jnp.concatenate([centres, half], -1), self.glimpse_shape, shape)
+        sizes = jnp.broadcast_to(np.asarray(half, np.float32), centres.shape)
+        means = box_means(jnp.concatenate([centres, sizes], -1), self.glimpse_shape, shape)
         indices = round_means(_rows(means), shape)[..., None, :]
         values = jnp.ones(indices.shape[:-1], means.dtype)
         patches = _read(images, indices, values, means)
@@ -396,7 +396,12 @@ def reinforce_loss(glimpses: Glimpses, reward: jax.Array) -> jax.Array:
     Returns:
       A scalar to add to the loss: the score-function estimate (REINFORCE) and the squared error of
       the baseline, both means over the batch.
+
+    Raises:
+      ValueError: the glimpses are those of a deterministic view, which have no chances.
     """
+    if glimpses.log_prob is None or glimpses.baseline is None:
+        raise ValueError("glimpses: got those of a deterministic view, want those of training")
     advantage = jax.lax.stop_gradient(reward) - glimpses.baseline
     policy_loss = -(glimpses.log_prob * jax.lax.stop_gradient(advantage)).mean()
     return policy_loss + (advantage**2).mean()

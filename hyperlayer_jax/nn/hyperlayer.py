@@ -72,17 +72,17 @@ class HyperLayer(nnx.Module):
         self.in_shape = checks.check_shape("in_shape", in_shape)
         if isinstance(template, str) and template != "output":
             raise ValueError(f'template: got {template!r}, want None, "output" or an int32 array')
-        is_array = template is not None and not isinstance(template, str)
-        if is_array != (columns is not None):
-            raise ValueError("columns: wanted with an array as template, and only then")
         self.by_output = isinstance(template, str)
-        self.template = nnx.data(template if is_array else None)
+        array = None if isinstance(template, str) else template
+        if (array is None) != (columns is None):
+            raise ValueError("columns: wanted with an array as template, and only then")
         width = len(self.out_shape + self.in_shape)
-        self.columns = checks.check_columns("columns", columns, width) if is_array else None
-        if is_array:
-            checks.check_indices("template", template, 1, "[*chunks, R]")
-            if template.shape[-1] != width:
-                raise ValueError(f"template: got {template.shape[-1]} columns, want {width}")
+        self.columns = None if columns is None else checks.check_columns("columns", columns, width)
+        if array is not None:
+            checks.check_indices("template", array, 1, "[*chunks, R]")
+            if array.shape[-1] != width:
+                raise ValueError(f"template: got {array.shape[-1]} columns, want {width}")
+        self.template: jax.Array | None = nnx.data(array)
         self.hypernetwork = hypernetwork
         self.num_feature_axes = checks.check_count("num_feature_axes", num_feature_axes)
         self.num_global = checks.check_count("num_global", num_global)
@@ -133,7 +133,7 @@ class HyperLayer(nnx.Module):
         if self.by_output:
             return RowSparseTensor(indices, values, self.out_shape, self.in_shape)
         batch, chunks = values.shape[:num_batch_axes], values.shape[num_batch_axes:-1]
-        if columns is not None:
+        if columns is not None and self.template is not None:
             template = jnp.broadcast_to(self.template, (*batch, *chunks, len(shape)))
             indices = apply_template(template, indices, columns=columns)
         num_entries = math.prod(values.shape[num_batch_axes:])

@@ -1,6 +1,7 @@
 """Linear layers of tokens."""
 
 import math
+from typing import Any
 
 import jax
 from flax import nnx
@@ -15,9 +16,9 @@ class TokenLinear(nnx.Linear):
     transposed for it. Tokens that are sharded over a mesh of explicit axes stay as they are.
     """
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Maps float [*B, in_features] to [*B, out_features]."""
-        if any(spec_of(inputs)):
-            return super().__call__(inputs)
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Maps float [*B, in_features] to [*B, out_features], sharded as `nnx.Linear` would."""
+        if out_sharding is not None or any(spec_of(inputs)):
+            return super().__call__(inputs, out_sharding)
         rows = super().__call__(inputs.reshape(math.prod(inputs.shape[:-1]), self.in_features))
         return rows.reshape(*inputs.shape[:-1], self.out_features)

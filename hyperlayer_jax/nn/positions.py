@@ -16,7 +16,7 @@ from jax.scipy.special import logit
 
 from hyperlayer_jax.kernels import materialize
 from hyperlayer_jax.nn.linear import TokenLinear
-from hyperlayer_jax.transforms import transform_means, transform_sigmas
+from hyperlayer_jax.transforms import per_axis, transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
 
 HIDDEN = 64
@@ -226,8 +226,7 @@ class FreeEntries(nnx.Module):
 
 def _with_gains(parameters: jax.Array) -> jax.Array:
     """From parameters [..., 2] to raw distances and sigmas."""
-    gains = np.float32([_MEAN_GAIN, _SIGMA_GAIN])
-    return parameters * gains.reshape((1,) * (parameters.ndim - 1) + (2,))
+    return parameters * per_axis([_MEAN_GAIN, _SIGMA_GAIN], parameters).astype(np.float32)
 
 
 def _raw_sigmas(share: np.ndarray) -> jax.Array:

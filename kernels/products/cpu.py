@@ -17,8 +17,6 @@ _UNROLL = 8
 # Products over fewer features than this are summed lane by lane, and scattered in one go.
 _LANES = 8
 
-spmm = reference.spmm
-
 
 def _rows(dense, indices):
     """Rows of dense, clamped: a gather that fills would be followed by a pass over all."""
@@ -111,6 +109,21 @@ def ell_sddmm(indices: jax.Array, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     blocks = jnp.pad(indices.T, [(0, num_blocks * size - entries), (0, 0)])
     dots = jax.lax.map(block, blocks.reshape(num_blocks, size, i)).reshape(-1, i)[:entries].T
     return jnp.where(in_bounds(indices, rhs.shape[0]), dots, 0).astype(lhs.dtype)
+
+
+def spmm(
+    rows: jax.Array, cols: jax.Array, values: jax.Array, dense: jax.Array, *, num_rows: int
+) -> jax.Array:
+    """Absent columns drop their rows, so that nothing of size [n, d] is masked."""
+
+    @functools.partial(jnp.vectorize, signature="(n),(n),(n),(j,d)->(i,d)")
+    def scatter(rows, cols, values, dense):
+        rows = jnp.where(in_bounds(cols, dense.shape[0]), rows, -1)
+        updates = values.astype(accumulator(dense.dtype))[:, None] * _rows(dense, cols)
+        out = jnp.zeros_like(updates, shape=(num_rows, dense.shape[1]))
+        return scatter_rows(rows, updates, out).astype(dense.dtype)
+
+    return scatter(rows, cols, values, dense)
 
 
 @functools.partial(jnp.vectorize, signature="(n),(n),(i,d),(j,d)->(n)")

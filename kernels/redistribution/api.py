@@ -1,5 +1,7 @@
 """Redistribution on raw arrays: what it takes, and which primitive it is."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -102,7 +104,7 @@ def redistribute(
     means = jnp.clip(means.astype(dtype), -_MAX_COORDINATE, _MAX_COORDINATE)
     # The gradient of `maximum`, which shares ties, takes longer.
     sigmas = jnp.where(sigmas < _MIN_SIGMA, _MIN_SIGMA, sigmas.astype(dtype))
-    options = {
+    options: dict[str, Any] = {
         "leading": where.ndim - 1,
         "results": [(where.shape[-1:], dtype)],
         "implementation": implementation,
