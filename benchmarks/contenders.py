@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from hyperlayer_jax import kernels
 
@@ -41,7 +40,7 @@ class Contender:
     on_host: bool = False
 
     def with_gradients(self) -> "Contender":
-        """The same with its gradients for a cotangent of ones."""
+        """The same with its gradients."""
         function = value_and_gradients(self.function, *self.gradients)
         return dataclasses.replace(self, function=function)
 
@@ -85,7 +84,10 @@ def adds_in_any_order(implementation: str | None) -> bool:
 
 
 def value_and_gradients(function: Callable[..., jax.Array], *positions: int) -> Callable[..., Any]:
-    """`function` with its gradients in the arguments at `positions`, for a cotangent of ones."""
+    """`function` with its gradients in the arguments at `positions`, for itself as the cotangent.
+
+    For ones, compilers would take short cuts, and the gradients of what conserves a sum be 0.
+    """
 
     def run(*arguments):
         def of_floats(*floats):
@@ -95,6 +97,6 @@ def value_and_gradients(function: Callable[..., jax.Array], *positions: int) -> 
             return function(*full)
 
         out, vjp = jax.vjp(of_floats, *(arguments[position] for position in positions))
-        return out, vjp(jnp.ones_like(out))
+        return out, vjp(out)
 
     return run

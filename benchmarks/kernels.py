@@ -129,24 +129,24 @@ def _bcoo(num_rows, rows, cols, values, dense):
 
 
 def _scipy(rows, cols, values, dense, num_rows):
-    """CSR @ dense; and with CSR.T @ gradient and the gathered products, gradients of ones."""
+    """CSR @ dense; and with the gathered products and CSR.T @ result, its gradients."""
     values, dense = np.asarray(values), np.asarray(dense)
     shape = (num_rows, dense.shape[1])
     entries = [
         scipy.sparse.csr_matrix((value, (row, col)), shape=shape)
         for row, col, value in zip(rows, cols, values, strict=True)
     ]
-    ones = np.ones((num_rows, dense.shape[2]), dense.dtype)
 
     def forward(*dense):
         return [matrix @ x for matrix, x in zip(entries, dense, strict=True)]
 
     def both(*dense):
+        out = forward(*dense)
         of_values = [
-            np.einsum("nd,nd->n", ones[row], x[col])
-            for row, col, x in zip(rows, cols, dense, strict=True)
+            np.einsum("nd,nd->n", y[row], x[col])
+            for row, col, x, y in zip(rows, cols, dense, out, strict=True)
         ]
-        return forward(*dense), (of_values, [matrix.T @ ones for matrix in entries])
+        return out, (of_values, [matrix.T @ y for matrix, y in zip(entries, out, strict=True)])
 
     dense = tuple(dense)
     return Contender(forward, dense, on_host=True), Contender(both, dense, on_host=True)

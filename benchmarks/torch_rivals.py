@@ -54,14 +54,13 @@ class _Pending:
 
 
 def _contender(function, arguments, differentiated):
-    """`function` of tensors; if any are to be differentiated, with its gradients for ones."""
-
+    """`function` of tensors; if any are to be differentiated, with its gradients."""
     tensors = [x.requires_grad_() for x in differentiated]
 
     def run():
         with torch.set_grad_enabled(bool(tensors)):
             out = function(*arguments)
-            gradients = torch.autograd.grad(out, tensors, torch.ones_like(out)) if tensors else ()
+            gradients = torch.autograd.grad(out, tensors, out.detach()) if tensors else ()
         return [_Pending(x.detach()) for x in (out, *gradients)]
 
     return Contender(run, (), on_host=True)
