@@ -24,7 +24,7 @@ from hyperlayer_jax import kernels
 
 _SPACE = 1000
 # Chunks, tuples and points of each.
-_SHAPES = {"cpu": ((64, 64, 768),), "gpu": ((2048, 64, 768), (8192, 64, 768))}
+_SHAPES = {"cpu": ((64, 64, 768),), "gpu": ((1024, 64, 768), (4096, 64, 768))}
 _SMALL = (2, 8, 48)
 _LARGE, _SMALL_LARGE = (4096, 49152), (64, 768)
 
@@ -98,8 +98,9 @@ def _by_softmax(points, means, sigmas, values):
 def _copies(points):
     """All but the first of equal points, chunk by chunk."""
     copies = np.ones(points.shape[:-1], bool)
-    for chunk, copy in zip(np.asarray(points), copies, strict=True):
-        copy[np.unique(chunk, axis=0, return_index=True)[1]] = False
+    numbers = np.asarray(points, np.int64) @ [_SPACE, 1]
+    for chunk, copy in zip(numbers, copies, strict=True):
+        copy[np.unique(chunk, return_index=True)[1]] = False
     return copies
 
 

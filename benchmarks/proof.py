@@ -5,6 +5,7 @@ what it draws, so that all programs of a kernel meet there. Eleven runs have to 
 """
 
 import functools
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,14 +24,16 @@ _SMALL_ROWS = 256
 
 
 def smoke(small: bool = False) -> Iterator[dict[str, Any] | str]:
-    """The device and a product on it. On a machine with a GPU, jax has to find it."""
-    del small
+    """The device and a product on it. At full scale jax has to find an accelerator."""
     device = jax.devices()[0]
     x = jnp.ones((256, 256))
     yield {
         "name": f"{device.device_kind} ({device.platform})",
-        "ok": bool((jax.jit(jnp.matmul)(x, x) == 256).all()),
+        "ok": bool((jax.jit(jnp.matmul)(x, x) == 256).all())
+        and (small or device.platform != "cpu"),
         "memory_mb": (device.memory_stats() or {}).get("bytes_limit", 0) / 1e6,
+        "platform": device.client.platform_version,
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
     }
 
 

@@ -232,7 +232,7 @@ def bytes_per_second():
 @functools.cache
 def _flops_per_second(dtype):
     """What a matrix product does in a second."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
+    size = 1024 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x: x @ x)
     return 2 * size**3 / interleave({"product": lambda _: product(x)})["product"]
