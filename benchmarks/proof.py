@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import attention, report
 from benchmarks.accuracy import agreement, agrees, in_float32
 from benchmarks.contenders import Contender, by_name
-from benchmarks.timing import prepare
+from benchmarks.timing import begin, prepare
 from hyperlayer_jax import kernels
 
 _ROWS, _ENTRIES, _WIDTH = 4096, 16, 64
@@ -41,6 +41,7 @@ def real(small: bool = False) -> Iterator[dict[str, Any] | str]:
     """Value and gradients of every operation by every backend."""
     rows = _SMALL_ROWS if small else _ROWS
     for name, (every, exact) in _problems(rows):
+        begin()
         expected = jax.block_until_ready(in_float32(exact.with_gradients())())
         programs = {}
         for label, contender in every.items():
@@ -116,7 +117,7 @@ def _products(rows):
 
 
 def _redistribute(rows):
-    chunks, tuples, points = 16, 64, rows // 4
+    chunks, tuples, points = 16, 64, rows
     keys = jax.random.split(jax.random.key(0), 4)
     arguments = (
         jax.random.randint(keys[0], (chunks, points, 2), 0, 1000),

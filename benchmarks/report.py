@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from benchmarks.timing import bytes_per_second
+from benchmarks.timing import OutOfTimeError, bytes_per_second, end_after
 
 Suite = Callable[[bool], Iterator[dict[str, Any] | str]]
 
@@ -80,7 +79,8 @@ def _report(
     suites: dict[str, Suite], small: bool, out: str | None, rows: str | None, budget: float | None
 ) -> int:
     """Runs the suites; returns how much of them failed."""
-    end = time.monotonic() + (budget or float("inf"))
+    if budget is not None:
+        end_after(budget)
     cases, statements, failures = [], [], 0
     made = made_with()
 
@@ -102,9 +102,8 @@ def _report(
             for item in suite(small):
                 keep(part, item)
                 failures += isinstance(item, dict) and _failed(item)
-                if time.monotonic() > end:
-                    keep(part, f"{part}: out of time after {budget:.0f} s")
-                    break
+        except OutOfTimeError:
+            keep(part, f"{part}: out of time after {budget:.0f} s")
         except Exception as error:
             traceback.print_exc()
             keep(part, f"{part}: failed with {type(error).__name__}: {str(error)[:300]}")

@@ -29,6 +29,23 @@ _MAX_BATCH = 20
 # More than the last cache of any GPU: inputs rotate through this many bytes there.
 _ROTATED_BYTES = 2**28
 _LONGEST = 8
+_deadline = math.inf
+
+
+class OutOfTimeError(Exception):
+    """Raised where a case would begin after the deadline."""
+
+
+def end_after(seconds: float) -> None:
+    """Sets the deadline, after which `begin` raises an OutOfTimeError."""
+    global _deadline  # noqa: PLW0603
+    _deadline = time.monotonic() + seconds
+
+
+def begin() -> None:
+    """Called at the beginning of every case: what began is measured to its end."""
+    if time.monotonic() > _deadline:
+        raise OutOfTimeError
 
 
 def compare(
@@ -52,6 +69,7 @@ def compare(
       A case for each rival: times in ms (medians), compilation, temporary memory, errors, kernels.
       What is known of the rival bears the prefix `rival_`.
     """
+    begin()
     runs, results, spent, programs = _first_runs(contenders)
     ours, *rivals = contenders
     if ours not in results:

@@ -114,8 +114,9 @@ def case(name="sum", passes=None, **figures):
 
 
 def suite(small):
+    assert small
     yield case("sum of 4", True)
-    yield case("sum of 8", small)
+    yield case("sum of 8", True)
     raise FloatingPointError("after two cases")
 
 
@@ -134,11 +135,25 @@ def test_rows_are_kept_as_they_come(tmp_path, capsys):
     assert read["statements"] == whole["statements"]
 
 
-def test_a_part_out_of_time_begins_no_case(tmp_path):
+def test_a_part_out_of_time_begins_no_case(tmp_path, monkeypatch):
+    """What it has begun it ends, with a row for each rival."""
+    x = jnp.ones(2)
+    every = {name: Contender(jnp.sin, (x,)) for name in ("sin", "a", "b")}
+
+    def two(small):
+        yield from timing.compare("first", every)
+        timing.end_after(-1)
+        yield from timing.compare("second", every)
+
+    monkeypatch.setattr(timing, "_deadline", timing.math.inf)
     rows = tmp_path / "rows.jsonl"
-    assert report._report({"sums": suite}, False, None, str(rows), 1e-9) == 0
-    statements = table.read(rows)["statements"]
-    assert statements == ["sums: out of time after 0 s", "rule: b passes for sum (1 of 1 cases)"]
+    assert report._report({"two": two}, False, None, str(rows), 600) == 0
+    read = table.read(rows)
+    assert [(row["name"], row["rival"]) for row in read["cases"]] == [
+        ("first", "a"),
+        ("first", "b"),
+    ]
+    assert read["statements"] == ["two: out of time after 600 s"]
 
 
 def test_a_lack_of_memory_is_no_failure():
