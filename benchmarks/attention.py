@@ -22,7 +22,7 @@ from hyperlayer_jax import kernels
 WIDTH, BLOCK = 64, 64
 _POINTS, _BLOCKS = 32, 16
 _LENGTHS = {"cpu": (2**10, 2**11, 2**12), "gpu": (2**14, 2**16), "tpu": (2**13, 2**14)}
-_SMALL = 256
+_SMALL = 128
 # Dense attention in plain XLA holds [heads,t,t].
 _MAX_PLAIN_LENGTH = 2**14
 

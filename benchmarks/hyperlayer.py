@@ -85,7 +85,9 @@ def _spread(points, means, sigmas, values, implementation=None):
     if implementation is None:
         return hl.redistribute(points, hl.IndexTuples(means, sigmas, values))
     where = ~hl.duplicate_mask(points)
-    return kernels.redistribute(points, means, sigmas, values, where, implementation=implementation)
+    return kernels.redistribute(
+        points, means, sigmas, values, where=where, implementation=implementation
+    )
 
 
 def _by_softmax(points, means, sigmas, values):
