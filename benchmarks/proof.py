@@ -118,12 +118,15 @@ def _products(rows):
 
 def _redistribute(rows):
     chunks, tuples, points = 16, 64, rows
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(jax.random.key(0), 3)
+    rng = np.random.default_rng(0)
+    # No point twice: of two, the operation may take one.
+    places = np.stack([rng.choice(1000**2, points, replace=False) for _ in range(chunks)])
     arguments = (
-        jax.random.randint(keys[0], (chunks, points, 2), 0, 1000),
-        jax.random.uniform(keys[1], (chunks, tuples, 2), maxval=1000),
-        20 + 30 * jax.random.uniform(keys[2], (chunks, tuples, 2)),
-        jax.random.normal(keys[3], (chunks, tuples)),
+        jnp.asarray(np.stack([places // 1000, places % 1000], axis=-1), jnp.int32),
+        jax.random.uniform(keys[0], (chunks, tuples, 2), maxval=1000),
+        20 + 30 * jax.random.uniform(keys[1], (chunks, tuples, 2)),
+        jax.random.normal(keys[2], (chunks, tuples)),
         jnp.broadcast_to(jnp.arange(points) % 7 != 0, (chunks, points)),
     )
 
