@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.timing import Contender, compare, main, value_and_gradients
+from benchmarks import report
+from benchmarks.accuracy import in_float32
+from benchmarks.contenders import Contender
+from benchmarks.timing import compare
 from hyperlayer_jax import IndexTuples, RowSparseTensor, contract, discretize
 from train.glimpse import Config, make_model
 
@@ -23,8 +26,9 @@ _CONFIGS = {
 }
 
 
-def cases() -> Iterator[dict[str, Any]]:
-    for name, config in _CONFIGS.items():
+def cases(small: bool = False) -> Iterator[dict[str, Any]]:
+    """A row of each configuration, or of the first."""
+    for name, config in list(_CONFIGS.items())[: 1 if small else None]:
         model = make_model(config, 1)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         shape = (config.batch_size, config.canvas, config.canvas, 1)
@@ -52,20 +56,17 @@ def cases() -> Iterator[dict[str, Any]]:
             return jnp.concatenate([decided, model.classify(patches)], -1)
 
         key = jax.random.key(1)
-        eager = read(seen.means, seen.sigmas, key, images)
+        reading = Contender(read, (seen.means, seen.sigmas, key, images), (0, 1))
+        around = Contender(decide_and_classify, (params, seen.patches, images), (0, 1), same=False)
         yield from compare(
             name,
             {
-                "reading": Contender(
-                    value_and_gradients(read, 0, 1), (seen.means, seen.sigmas, key, images)
-                ),
-                "network around it": Contender(
-                    value_and_gradients(decide_and_classify, 0, 1), (params, seen.patches, images)
-                ),
+                "reading": reading.with_gradients(),
+                "network around it": around.with_gradients(),
             },
-            reference=lambda result, eager=eager: float(jnp.abs(result[0] - eager).max()),
+            expected=in_float32(reading.with_gradients()),
         )
 
 
 if __name__ == "__main__":
-    main(cases)
+    report.main(glimpse=cases)

@@ -1,6 +1,8 @@
 """Redistribution and the removal of copies, against the cheapest passes over as many numbers."""
 
+import functools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -13,46 +15,58 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import Contender, compare, main, value_and_gradients
-from hyperlayer_jax.density import redistribute
-from hyperlayer_jax.sampling import duplicate_mask
-from hyperlayer_jax.types import IndexTuples
+import hyperlayer_jax as hl
+from benchmarks import report
+from benchmarks.accuracy import in_float32
+from benchmarks.contenders import Contender, by_name, value_and_gradients, with_gradients
+from benchmarks.timing import compare, peak_mb
+from hyperlayer_jax import kernels
 
 _SPACE = 1000
+# Chunks, tuples and points of each.
+_SHAPES = {"cpu": ((64, 64, 768),), "gpu": ((1024, 64, 768), (4096, 64, 768))}
+_SMALL = (2, 8, 48)
+_LARGE, _SMALL_LARGE = (4096, 49152), (64, 768)
 
 
-def cases() -> Iterator[dict[str, Any]]:
-    b, k, m = 64, 64, 768
-    points, *tuples = _example(b, k, m)
+def cases(small: bool = False) -> Iterator[dict[str, Any] | str]:
+    """Chunks of a usual size, and one large one."""
+    like = "cpu" if jax.default_backend() == "cpu" else "gpu"
+    for b, k, m in (_SMALL,) if small else _SHAPES[like]:
+        yield from _chunks(b, k, m)
+    case = _large_chunk(*(_SMALL_LARGE if small else _LARGE))
+    yield case
+    yield f"{case['name']}: {case['peak_mb']:.0f} MB at its peak"
+
+
+def _chunks(b, k, m):
+    arguments = _example(b, k, m)
+    points = arguments[0]
     array = jax.random.normal(jax.random.key(1), (b, k, m))
-
-    def exp_sum(array):
-        return jnp.exp(array).sum(-1)
-
+    contenders = by_name("redistribute", _spread, arguments, (1, 2, 3))
+    softmax = Contender(_by_softmax, arguments, (1, 2, 3))
     yield from compare(
         f"redistribute b={b} k={k} m={m} r=2 + backward",
         {
-            "redistribute": Contender(_with_gradients, (points, *tuples)),
-            "exp(a).sum(-1) of [b,k,m]": Contender(exp_sum, (array,)),
+            **with_gradients(contenders | {"softmax": softmax}),
+            "exp(a).sum(-1) of [b,k,m]": Contender(
+                lambda array: jnp.exp(array).sum(-1), (array,), same=False
+            ),
         },
         nbytes=4 * b * (2 * m + 2 * 5 * k + m),
         flops=30 * b * k * m,
-        reference=lambda result: _largest_difference(
-            result, jax.jit(value_and_gradients(_by_softmax, 1, 2, 3))(points, *tuples)
-        ),
+        expected=in_float32(softmax.with_gradients()),
     )
-    column = points[..., 0]
     yield from compare(
         f"duplicate_mask b={b} m={m} r=2",
         {
-            "duplicate_mask": Contender(duplicate_mask, (points,)),
-            "sort of [b,m]": Contender(lambda x: jnp.sort(x, axis=-1), (column,)),
+            "duplicate_mask": Contender(hl.duplicate_mask, (points,)),
+            "sort of [b,m]": Contender(
+                lambda x: jnp.sort(x, axis=-1), (points[..., 0],), same=False
+            ),
         },
-        reference=lambda result: float((np.asarray(result) != _copies(points)).sum()),
+        expected=functools.partial(_copies, points),
     )
-    case = _large_chunk()
-    yield case
-    yield f"{case['name']}: {case['peak_mb']:.0f} MB at its peak"
 
 
 def _example(b, k, m):
@@ -66,42 +80,43 @@ def _example(b, k, m):
     )
 
 
-def _spread(points, *tuples):
-    return redistribute(points, IndexTuples(*tuples))
-
-
-_with_gradients = value_and_gradients(_spread, 1, 2, 3)
+def _spread(points, means, sigmas, values, implementation=None):
+    """`hl.redistribute`, which removes copies first; of one backend if that is named."""
+    if implementation is None:
+        return hl.redistribute(points, hl.IndexTuples(means, sigmas, values))
+    # At the merge: without where, which kernels find by themselves then.
+    where = None if hasattr(kernels, "duplicate_mask") else ~hl.duplicate_mask(points)
+    return kernels.redistribute(
+        points, means, sigmas, values, where=where, implementation=implementation
+    )
 
 
 def _by_softmax(points, means, sigmas, values):
     """What `redistribute` means, differentiated by JAX."""
     offsets = (points[:, None].astype(means.dtype) - means[:, :, None]) / sigmas[:, :, None]
-    logits = jnp.where(duplicate_mask(points)[:, None], -jnp.inf, -(offsets**2).sum(-1) / 2)
+    logits = jnp.where(hl.duplicate_mask(points)[:, None], -jnp.inf, -(offsets**2).sum(-1) / 2)
     return jnp.einsum("bk,bkm->bm", values, jax.nn.softmax(logits, axis=-1))
-
-
-def _largest_difference(result, expected):
-    differences = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), result, expected)
-    return max(jax.tree.leaves(differences))
 
 
 def _copies(points):
     """All but the first of equal points, chunk by chunk."""
     copies = np.ones(points.shape[:-1], bool)
-    for chunk, copy in zip(np.asarray(points), copies, strict=True):
-        copy[np.unique(chunk, axis=0, return_index=True)[1]] = False
+    numbers = np.asarray(points, np.int64) @ [_SPACE, 1]
+    for chunk, copy in zip(numbers, copies, strict=True):
+        copy[np.unique(chunk, return_index=True)[1]] = False
     return copies
 
 
-def _large_chunk():
+def _large_chunk(k, m):
     """Time and peak memory of one large chunk, in a process of its own."""
-    k, m = 4096, 49152
     command = [
         sys.executable,
         "-c",
         f"from benchmarks import hyperlayer; hyperlayer.peak({k}, {m})",
     ]
-    child = subprocess.run(command, capture_output=True, check=True, text=True)
+    # Beside a process that has taken most of a GPU's memory, it takes what it needs.
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    child = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=env)
     return {
         "name": f"redistribute b=1 k={k} m={m} r=2 + backward",
         "rival": "an array of [m,k]",
@@ -117,19 +132,19 @@ def _large_chunk():
 def peak(k: int, m: int) -> None:
     """Prints the milliseconds of a chunk, and the MB that it adds to the peak of this process."""
     arguments = jax.block_until_ready(_example(1, k, m))
-    run = jax.jit(_with_gradients).lower(*arguments).compile()
-    before = _peak_kb()
+    run = jax.jit(value_and_gradients(_spread, 1, 2, 3)).lower(*arguments).compile()
+    before = peak_mb() or _host_peak_mb()
     start = time.perf_counter()
     jax.block_until_ready(run(*arguments))
     milliseconds = 1e3 * (time.perf_counter() - start)
-    print(json.dumps({"ms": milliseconds, "peak_mb": 1.024e-3 * (_peak_kb() - before)}))
+    print(json.dumps({"ms": milliseconds, "peak_mb": (peak_mb() or _host_peak_mb()) - before}))
 
 
-def _peak_kb():
+def _host_peak_mb():
     """From Linux: `getrusage` would count what the parent held when it made this process."""
     status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    return 1.024e-3 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 if __name__ == "__main__":
-    main(cases)
+    report.main(redistribution=cases)

@@ -1,7 +1,8 @@
-"""Writes the results of `benchmarks.run` into a page, between two comments that name the file.
+"""Writes results of `benchmarks.run` or `benchmarks.device` into a page, between two comments.
 
 `python -m benchmarks.table benchmarks/results/cpu.json README.md` replaces what stands between
-`<!-- benchmarks cpu -->` and `<!-- end of benchmarks cpu -->`.
+`<!-- benchmarks cpu -->` and `<!-- end of benchmarks cpu -->`. The results may be of any device: a
+report, or its rows.
 """
 
 import json
@@ -11,16 +12,33 @@ from typing import Any
 
 from absl import app
 
+_COLUMNS = ("case", "ms", "rival", "ms", "speedup", "differs by")
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """A report, of a file that holds it, or of rows (`.jsonl`) that were written as they came."""
+    if path.suffix != ".jsonl":
+        return json.loads(path.read_text())
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    report = {key: rows[0][key] for key in ("date", "device", "versions", "command")}
+    return report | {
+        "cases": [row for row in rows if "rival" in row],
+        "statements": [row["statement"] for row in rows if "statement" in row],
+    }
+
 
 def table(report: dict[str, Any]) -> str:
-    """The report as Markdown: its cases, its statements, and how it was made."""
-    lines = ["| case | ms | rival | ms | speedup | differs by |", "|---|---|---|---|---|---|"]
+    """The report as Markdown: its cases, its statements, and how it was made.
+
+    Where the sums of kernel times are known they follow the wall times in brackets.
+    """
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
     for case in report["cases"]:
         cells = [
             case["name"],
-            _number(case["ms"], ".3g"),
-            case["rival"],
-            _number(case["rival_ms"], ".3g"),
+            _milliseconds(case, ""),
+            case["rival"] or "-",
+            _milliseconds(case, "rival_"),
             _number(case["speedup"], ".2g"),
             _number(case["max_difference"], ".0e"),
         ]
@@ -39,6 +57,11 @@ def insert(page: str, name: str, text: str) -> str:
     return pattern.sub(lambda _: f"{start}\n{text}\n{end}", page)
 
 
+def _milliseconds(case, whose):
+    wall, kernels = case[f"{whose}ms"], case.get(f"{whose}kernel_ms")
+    return _number(wall, ".3g") + (f" ({kernels:.3g})" if kernels is not None else "")
+
+
 def _number(value, form):
     return "-" if value is None else format(value, form)
 
@@ -47,7 +70,7 @@ def _main(arguments):
     if len(arguments) != 3:
         raise app.UsageError("Want a file of results and a page: results.json README.md")
     results, page = map(pathlib.Path, arguments[1:])
-    text = table(json.loads(results.read_text()))
+    text = table(read(results))
     page.write_text(insert(page.read_text(), results.stem, text))
 
 

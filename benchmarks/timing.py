@@ -1,106 +1,119 @@
-"""How every benchmark measures and reports: rivals in turn in one process, medians, a floor.
-
-A suite is a function that yields cases, made by `compare`, and statements, which are strings. Its
-module ends with `timing.main(suite)`.
+"""How every benchmark measures: rivals in turn in one process, medians, a floor.
 
 Every case states the time that the device would need at least, its floor: the bytes and operations
 that the case cannot avoid, over the rates that a pass over memory and a matrix product reach here.
+On a GPU it also states what CUPTI counts: the kernels of one call and the sum of their times.
 
-Memory that a case has used stays with the process, as it does in a training loop that is compiled
-as a whole. Linux would otherwise take large arrays back after every call and hand them out cleared,
-which is a fifth of the time of a layer.
+A kernel may become a default by a rule, and every row says whether a contender that is a backend by
+name passes it there: relative errors below 1e-2 in bfloat16 and 1e-5 in float32, the same bits in
+eleven runs (unless it is known to add in any order), and faster than plain JAX.
 """
 
-import ctypes
-import dataclasses
-import datetime
 import functools
-import json
 import math
-import os
-import pathlib
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from absl import app, flags
+from jax.experimental.mosaic.gpu import profiler
 
-_SECONDS_PER_RUN = 2.0
+from benchmarks.accuracy import agreement, agrees, difference
+from benchmarks.contenders import PLAIN, Contender
+
 _MAX_ROUNDS = 15
 _BATCH_SECONDS = 0.005
 _MAX_BATCH = 20
 # More than the last cache of any GPU: inputs rotate through this many bytes there.
 _ROTATED_BYTES = 2**28
+_LONGEST = 8
+_deadline = math.inf
 
 
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """One way to compute a case.
+class OutOfTimeError(Exception):
+    """Raised where a case would begin after the deadline."""
 
-    Attributes:
-      function: of `arguments`; compiled unless `on_host`.
-      arguments: arrays.
-      on_host: whether `function` is plain Python.
-    """
 
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    on_host: bool = False
+def end_after(seconds: float) -> None:
+    """Sets the deadline, after which `begin` raises an OutOfTimeError."""
+    global _deadline  # noqa: PLW0603
+    _deadline = time.monotonic() + seconds
+
+
+def begin() -> None:
+    """Called at the beginning of every case: what began is measured to its end."""
+    if time.monotonic() > _deadline:
+        raise OutOfTimeError
 
 
 def compare(
     name: str,
     contenders: dict[str, Contender],
     *,
+    expected: Callable[[], Any] | None = None,
     nbytes: int | None = None,
     flops: int = 0,
-    reference: Callable[[Any], float] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Times the first contender against each of the others.
 
     Args:
       name: of the case.
-      contenders: by name. One that does not fit into memory is reported so.
+      contenders: by name. One that fails is reported with its error.
+      expected: makes what the first should give, and all that compute the `same`.
       nbytes: read and written at least; by default the arguments and results of the first.
       flops: done at least.
-      reference: the largest difference of the first contender's result from what it should be;
-        by default that from the result of each rival.
 
     Yields:
-      A case for each rival: times in ms (medians), compilation and peak of temporary memory apart.
+      A case for each rival: times in ms (medians), compilation, temporary memory, errors, kernels.
+      What is known of the rival bears the prefix `rival_`.
     """
-    runs, results, spent = {}, {}, {}
-    for label, contender in contenders.items():
-        try:
-            runs[label], spent[label] = prepare(contender)
-            results[label] = jax.block_until_ready(runs[label](0))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            runs.pop(label, None)
+    begin()
+    runs, results, spent, programs = _first_runs(contenders)
     ours, *rivals = contenders
-    if nbytes is None:
-        arrays = jax.tree.leaves((contenders[ours].arguments, results[ours]))
-        nbytes = sum(x.nbytes for x in arrays)
-    dtype = jax.tree.leaves(results[ours])[0].dtype
-    floor = nbytes / _bytes_per_second()
-    if flops:
-        floor = max(floor, flops / _flops_per_second(dtype.name))
-    differences = {
-        rival: reference(results[ours]) if reference else _difference(results[ours], result)
-        for rival, result in results.items()
-        if rival != ours
-    }
+    if ours not in results:
+        yield {"name": name, "rival": None, **dict.fromkeys(_FIGURES), **spent[ours]}
+        return
+    wanted = None
+    if expected is not None:
+        try:
+            wanted = jax.block_until_ready(expected())
+        except jax.errors.JaxRuntimeError as error:  # It may not fit where contenders do.
+            spent[ours]["expected_error"] = str(error)[:300]
+    for label, result in results.items():
+        if contenders[label].same and not contenders[label].on_host:
+            spent[label] |= agreement(runs[label], result, wanted)
+    if wanted is None:
+        differences = {
+            label: difference(results[ours], result)
+            for label, result in results.items()
+            if contenders[label].same
+        }
+    else:
+        differences = dict.fromkeys(contenders, difference(results[ours], wanted))
+    dtype = jax.tree.leaves(results[ours])[0].dtype.name
+    arrays = jax.tree.leaves((contenders[ours].arguments, results[ours]))
+    nbytes = sum(x.nbytes for x in arrays) if nbytes is None else nbytes
+    del arrays, wanted
     results.clear()
-    seconds = interleave(runs)
+
+    # A program that is the same as an earlier one takes its time.
+    twins = {
+        label: next(twin for twin, other in programs.items() if other[0] is text)
+        for label, (text, _, _) in programs.items()
+    }
+    seconds = interleave({label: run for label, run in runs.items() if twins[label] == label})
+    seconds = {label: seconds[twin] for label, twin in twins.items()}
+    for label in seconds:
+        spent[label] |= kernel_times(*programs[label][1:])
+    plain = [seconds[label] for label in seconds if contenders[label].implementation in PLAIN]
+    floor = nbytes / bytes_per_second()
+    if flops:
+        floor = max(floor, flops / _flops_per_second(dtype))
     for rival in rivals:
         fits = rival in seconds
-        yield {
+        row = {
             "name": name,
             "ms": 1e3 * seconds[ours],
             "rival": rival,
@@ -110,19 +123,55 @@ def compare(
             "floor_ms": 1e3 * floor,
             "floor_fraction": floor / seconds[ours],
             **spent[ours],
-            **{f"rival_{key}": value for key, value in spent.get(rival, {}).items()},
+            **{f"rival_{key}": value for key, value in spent[rival].items()},
+            "device_peak_mb": peak_mb(),
         }
+        implementation = contenders[rival].implementation
+        if implementation not in (None, *PLAIN) and fits and plain:
+            agreed = agrees(spent[rival], dtype, implementation)
+            row["rival_passes"] = agreed and seconds[rival] < plain[0]
+        yield row
 
 
-def prepare(contender: Contender) -> tuple[Callable[[int], Any], dict[str, float]]:
-    """A function of the round that runs the contender, and what it took to compile it.
+def _first_runs(contenders):
+    """Of each contender by label: its run, first result, what it took, and its program.
 
-    The latter is `compile_ms`, and `temporary_mb`, the most memory beside arguments and results.
+    One that fails has only its error, in the third."""
+    runs, results, spent, programs = {}, {}, {}, {}
+    for label, contender in contenders.items():
+        try:
+            runs[label], spent[label], programs[label] = prepare(contender, programs)
+            results[label] = jax.block_until_ready(runs[label](0))
+        except Exception as error:  # Whatever it is, the others go on.
+            runs.pop(label, None)
+            programs.pop(label, None)
+            spent[label] = {"error": f"{type(error).__name__}: {error}"[:300]}
+    return runs, results, spent, programs
+
+
+_FIGURES = ("ms", "rival_ms", "speedup", "max_difference", "floor_ms", "floor_fraction")
+
+
+def prepare(
+    contender: Contender, programs: dict[str, tuple] | None = None
+) -> tuple[Callable[[int], Any], dict[str, Any], tuple[Any, Any, Any]]:
+    """Compiles a contender, unless `programs` holds the same program.
+
+    Returns:
+      A function of the round that runs it; `compile_ms` and `temporary_mb`, the most memory that it
+      needs beside arguments and results; its text, the compiled program and its arguments.
     """
     if contender.on_host:
-        return lambda _: contender.function(*contender.arguments), {}
+        return lambda _: contender.function(*contender.arguments), {}, (object(), None, None)
     start = time.perf_counter()
-    compiled = jax.jit(contender.function).lower(*contender.arguments).compile()
+    lowered = jax.jit(contender.function).lower(*contender.arguments)
+    text = lowered.as_text()
+    for twin in (programs or {}).values():
+        if twin[0] == text:
+            text, compiled, _ = twin
+            break
+    else:
+        compiled = lowered.compile()
     spent = {
         "compile_ms": 1e3 * (time.perf_counter() - start),
         "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
@@ -132,7 +181,34 @@ def prepare(contender: Contender) -> tuple[Callable[[int], Any], dict[str, float
         size = sum(x.nbytes for x in jax.tree.leaves(contender.arguments))
         copies = min(8, math.ceil(_ROTATED_BYTES / max(size, 1)))
     arguments = [jax.tree.map(jnp.copy, contender.arguments) for _ in range(copies)]
-    return lambda n: compiled(*arguments[n % copies]), spent
+    program = (text, compiled, arguments[0])
+    return lambda n: compiled(*arguments[n % copies]), spent, program
+
+
+def kernel_times(compiled: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """What CUPTI counts on a GPU: `kernel_ms`, `kernels` in one call, and the `longest` by name."""
+    if compiled is None or jax.default_backend() != "gpu":
+        return {}
+    try:
+        _, each = profiler.measure(compiled, aggregate=False)(*arguments)
+    except Exception as error:  # Another tool may hold CUPTI: the wall times are worth their row.
+        return {"kernel_error": f"{type(error).__name__}: {error}"[:160]}
+    sums = {}
+    for kernel, ms in each or ():
+        count, total = sums.get(kernel[:60], (0, 0.0))
+        sums[kernel[:60]] = count + 1, total + ms
+    longest = sorted(sums.items(), key=lambda item: -item[1][1])[:_LONGEST]
+    return {
+        "kernel_ms": sum(total for _, total in sums.values()),
+        "kernels": sum(count for count, _ in sums.values()),
+        "longest": {kernel: [count, round(total, 4)] for kernel, (count, total) in longest},
+    }
+
+
+def peak_mb() -> float | None:
+    """The most memory of the device that this process has held so far; None where nobody counts."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 1e6 if "peak_bytes_in_use" in stats else None
 
 
 def interleave(runs: dict[Any, Callable[[int], Any]]) -> dict[Any, float]:
@@ -149,7 +225,7 @@ def interleave(runs: dict[Any, Callable[[int], Any]]) -> dict[Any, float]:
         for label, seconds in once.items()
     }
     round_seconds = sum(once[label] * sizes[label] for label in runs)
-    budget = _SECONDS_PER_RUN * len(runs)
+    budget = (2 if jax.default_backend() == "cpu" else 0.6) * len(runs)
     rounds = min(_MAX_ROUNDS, max(3, int(budget / round_seconds)))
     times = {label: [] for label in runs}
     for _ in range(rounds):
@@ -158,17 +234,8 @@ def interleave(runs: dict[Any, Callable[[int], Any]]) -> dict[Any, float]:
     return {label: statistics.median(seconds) for label, seconds in times.items()}
 
 
-def _difference(result, expected):
-    """The largest between the leaves of two pytrees, however these are cut up."""
-    flat = [
-        np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)])
-        for tree in (result, expected)
-    ]
-    return float(np.abs(flat[0] - flat[1]).max(initial=0))
-
-
 @functools.cache
-def _bytes_per_second():
+def bytes_per_second():
     """What a pass over 256 MB in place reads and writes in a second."""
     x = jnp.zeros(2**26, jnp.float32)
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -183,85 +250,7 @@ def _bytes_per_second():
 @functools.cache
 def _flops_per_second(dtype):
     """What a matrix product does in a second."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
+    size = 1024 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x: x @ x)
     return 2 * size**3 / interleave({"product": lambda _: product(x)})["product"]
-
-
-def value_and_gradients(function: Callable[..., jax.Array], *positions: int) -> Callable[..., Any]:
-    """`function` with its gradients in the arguments at `positions`, for a cotangent of ones."""
-
-    def run(*arguments):
-        def of_floats(*floats):
-            full = list(arguments)
-            for position, value in zip(positions, floats, strict=True):
-                full[position] = value
-            return function(*full)
-
-        out, vjp = jax.vjp(of_floats, *(arguments[position] for position in positions))
-        return out, vjp(jnp.ones_like(out))
-
-    return run
-
-
-def main(*suites: Callable[[], Iterator[dict[str, Any] | str]]) -> None:
-    """Runs suites as a command: a table for people, then one line of JSON.
-
-    Args:
-      *suites: functions that yield cases and statements.
-    """
-    out = flags.DEFINE_string("out", None, "File to write the JSON to, besides standard output.")
-    _keep_memory()
-    app.run(lambda _: _report(suites, out.value))
-
-
-def _keep_memory():
-    """Has the C library of Linux keep what is freed, in one heap; others have no such option."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        arena_max, mmap_max, trim_threshold = -8, -4, -1
-        for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1)):
-            libc.mallopt(option, value)
-
-
-def _report(suites: Sequence[Callable[[], Iterator]], path: str | None) -> None:
-    cases, statements = [], []
-    print(
-        f"{'case':44} {'ms':>9}  {'rival':28} {'ms':>9} {'speedup':>8} {'differs':>8} {'floor':>6}"
-    )
-    for suite in suites:
-        for item in suite():
-            if isinstance(item, str):
-                statements.append(item)
-                print(item, flush=True)
-            else:
-                cases.append(item)
-                print(_line(item), flush=True)
-    device = jax.devices()[0].device_kind
-    cores = f", {os.cpu_count()} cores" if jax.default_backend() == "cpu" else ""
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "device": device + cores,
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
-        "bytes_per_second": _bytes_per_second(),
-        "cases": cases,
-        "statements": statements,
-    }
-    text = json.dumps(report)
-    if path:
-        pathlib.Path(path).write_text(text + "\n")
-    print(text)
-
-
-def _line(case):
-    def number(key, form):
-        value = case[key]
-        return "-" if value is None else format(value, form)
-
-    return (
-        f"{case['name']:44} {number('ms', '.3f'):>9}  {case['rival']:28} "
-        f"{number('rival_ms', '.3f'):>9} {number('speedup', '.2f'):>7}x "
-        f"{number('max_difference', '.0e'):>8} {number('floor_fraction', '.0%'):>6}"
-    )

@@ -19,10 +19,14 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+if jax.default_backend() == "gpu":
+    # By default a GPU rounds the operands of float32 products to 10 bits.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 hypothesis.settings.register_profile(
     "laws", max_examples=5, deadline=None, derandomize=True, database=None
@@ -40,7 +44,20 @@ def pytest_addoption(parser):
     )
 
 
+def _needs_a_cpu(item):
+    """Why a test can only run where no accelerator is; empty where it can run on one."""
+    if item.path.name.startswith("test_aot"):
+        return "compiles for what is not there"
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    forced = any(isinstance(value, str) and value == "tpu" for value in values)
+    return "interprets TPU kernels" if forced or item.path.name == "test_tpu.py" else ""
+
+
 def pytest_collection_modifyitems(config, items):
+    if jax.default_backend() != "cpu":
+        for item in items:
+            if reason := _needs_a_cpu(item):
+                item.add_marker(pytest.mark.skip(reason=f"needs a CPU: {reason}"))
     if not config.getoption("--quick"):
         return
     cases = collections.defaultdict(list)

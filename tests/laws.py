@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -87,9 +88,11 @@ def assert_finite(tree):
 
 
 def batch_mesh(size=NUM_DEVICES):
-    """Host devices in a row, the axis named "data"."""
-    devices = jax.devices("cpu")[:size]
-    assert len(devices) == size
+    """Devices in a row, the axis named "data": those of a host, or as many others, if they are."""
+    devices = jax.devices()[:size]
+    if len(devices) < size:
+        assert jax.default_backend() != "cpu"
+        pytest.skip(f"needs {size} devices, of a host or others")
     return jax.make_mesh((size,), ("data",), (AxisType.Auto,), devices=devices)
 
 

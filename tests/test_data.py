@@ -8,9 +8,10 @@ import types
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
-from train import data
+load_digits = pytest.importorskip("sklearn.datasets").load_digits
+
+from train import data  # noqa: E402
 
 COUNTS = {"train": 24, "t10k": 5}
 
@@ -86,6 +87,8 @@ ZIPPED = gzip.compress(idx(np.arange(24, dtype=np.uint8)))
         ("train-labels-idx1-ubyte", ZIPPED[:14] + b"??" + ZIPPED[16:], "cannot be read"),
         ("train-labels-idx1-ubyte", ZIPPED[:-8] + b"????" + ZIPPED[-4:], "cannot be read"),
     ],
+    # Bytes of gzip hold the time: no two processes would find the same tests.
+    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else None,
 )
 def test_damaged_file_is_named(name, content, message, folder):
     (folder / name).write_bytes(content)

@@ -1,3 +1,7 @@
+import pytest
+
+pytest.importorskip("matplotlib", reason="pictures need the extra train")
+
 from matplotlib.figure import Figure
 from PIL import Image
 

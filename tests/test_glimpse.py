@@ -11,10 +11,14 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import call
-from PIL import Image
 from scipy import ndimage
 
 from hyperlayer_jax import RowSparseTensor, contract, nn
+
+pytest.importorskip("tensorboardX", reason="launchers need the extra train")
+
+from PIL import Image
+
 from train import glimpse
 
 RANDOM = np.random.default_rng(0)

@@ -10,6 +10,9 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+
+pytest.importorskip("tensorboardX", reason="launchers need the extra train")
+
 from line_task import Config, train_and_evaluate
 
 from train import launcher

@@ -8,9 +8,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from tensorboardX.proto.event_pb2 import Event
 
-from train import loop
+Event = pytest.importorskip("tensorboardX.proto.event_pb2").Event
+
+from train import loop  # noqa: E402
 
 X = jnp.linspace(-1, 1, 64)[:, None]
 LINE = (X, 2 * X + 1)

@@ -8,6 +8,8 @@ import sys
 import jax
 import pytest
 
+pytest.importorskip("tensorboardX", reason="launchers need the extra train")
+
 from train import glimpse, identity, launcher, sort, transformer
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()

@@ -8,6 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
+pytest.importorskip("sklearn")
+
 from train import data, text
 
 

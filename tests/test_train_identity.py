@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.importorskip("tensorboardX", reason="launchers need the extra train")
+
 from train import identity
 
 

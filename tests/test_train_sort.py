@@ -11,6 +11,9 @@ import pytest
 from flax import nnx
 
 from hyperlayer_jax import soft_quicksort
+
+pytest.importorskip("tensorboardX", reason="launchers need the extra train")
+
 from train import augment, data, sort
 
 SMALL = {"steps": 3, "width": 8, "batch_size": 2}

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+pytest.importorskip("tensorboardX", reason="launchers need the extra train")
+
 from train import transformer
 
 SMALL = {

@@ -1,0 +1,72 @@
+"""How far results are from what is expected, and whether they come again bit by bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.contenders import Contender, adds_in_any_order
+
+_RUNS = 11
+_MAX_ERROR = {"bfloat16": 1e-2, "float32": 1e-5}
+
+
+def in_float32(contender: Contender) -> Callable[[], Any]:
+    """What the contender computes on float32 operands, without shortcuts of the hardware."""
+
+    def run():
+        arguments = jax.tree.map(
+            lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            contender.arguments,
+        )
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(contender.function)(*arguments)
+
+    return run
+
+
+def agreement(run: Callable[[int], Any], result: Any, expected: Any) -> dict[str, Any]:
+    """How far a result is from what is expected, and whether it comes again bit by bit.
+
+    Args:
+      run: makes the result anew.
+      result: a pytree.
+      expected: one of as many leaves, or None.
+
+    Returns:
+      `relative_errors`, of each leaf, in the 2-norm; `same_bits`, in all of eleven runs.
+    """
+    figures = {}
+    if expected is not None:
+        pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
+        figures["relative_errors"] = [float(f"{_relative_error(x, y):.3g}") for x, y in pairs]
+    figures["same_bits"] = all(
+        bool(jnp.array_equal(x, y, equal_nan=x.dtype != bool))
+        for n in range(1, _RUNS)
+        for x, y in zip(jax.tree.leaves(run(n)), jax.tree.leaves(result), strict=True)
+    )
+    return figures
+
+
+def agrees(figures: dict[str, Any], dtype: str, implementation: str | None) -> bool:
+    """Whether what `agreement` found is within the limits of `dtype`, for this backend."""
+    errors = figures.get("relative_errors", ())
+    repeats = figures["same_bits"] or adds_in_any_order(implementation)
+    return repeats and all(error < _MAX_ERROR[dtype] for error in errors)
+
+
+@jax.jit
+def _relative_error(x, y):
+    x, y = x.astype(jnp.float32).ravel(), y.astype(jnp.float32).ravel()
+    return jnp.linalg.norm(x - y) / jnp.maximum(jnp.linalg.norm(y), 1e-30)
+
+
+def difference(result: Any, expected: Any) -> float:
+    """The largest between the leaves of two pytrees, however these are cut up."""
+    flat = [
+        np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)])
+        for tree in (result, expected)
+    ]
+    return float(np.abs(flat[0] - flat[1]).max(initial=0))

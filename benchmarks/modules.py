@@ -1,0 +1,107 @@
+"""Whole attention layers, from tokens to tokens: projections, position network, attention.
+
+Learned layers have 32 points for each token and head, block layers as many for each block of 64
+tokens. Kernels are those that a layer chooses by itself. On a GPU, dense layers and windows take
+cudnn, as a user's would; and the errors are those of layers in bfloat16 from the same in float32.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from benchmarks import report
+from benchmarks.accuracy import in_float32
+from benchmarks.attention import WIDTH, heads_and_dtype, overtaking
+from benchmarks.contenders import Contender, with_gradients
+from benchmarks.timing import compare
+from hyperlayer_jax.nn import SparseSelfAttention
+
+_LENGTHS = {
+    "cpu": tuple(2**n for n in range(10, 15)),
+    "gpu": (2**13, 2**14, 2**16),
+    "tpu": (2**13, 2**14),
+}
+_SMALL = 128
+# A dense layer in plain XLA holds [heads,t,t].
+_MAX_PLAIN_LENGTH = 2**13
+
+
+def cases(small: bool = False) -> Iterator[dict[str, Any] | str]:
+    """Layers of every kind at all lengths, then what a token costs in each of ours."""
+    figures = {}
+    for item in overtaking(_cases(small)):
+        yield item
+        if isinstance(item, dict) and item["ms"] is not None:
+            name, length = item["name"].split(" t=")
+            figures.setdefault(name, {})[int(length)] = item
+    for name, by_length in figures.items():
+        us = {t: 1e3 * case["ms"] / t for t, case in by_length.items()}
+        kb = {t: 1e3 * case["temporary_mb"] / t for t, case in by_length.items()}
+        for unit, each in (("us", us), ("kB", kb)):
+            costs = ", ".join(f"{x:.3g} at {t}" for t, x in each.items())
+            spread = max(each.values()) / min(each.values())
+            yield f"{name}: {unit} per token {costs} (within {spread:.2f}x)"
+
+
+def _cases(small):
+    on_cpu = jax.default_backend() == "cpu"
+    heads, dtype = (1, jnp.bfloat16) if small and on_cpu else heads_and_dtype()
+    for length in (_SMALL,) if small else _LENGTHS[jax.default_backend()]:
+        for ours, *rivals in [("block", "dense")] if small else _groups(length, on_cpu):
+            kinds = {
+                kind: _layer(kind, heads, length, dtype, same=kind == ours)
+                for kind in (ours, *rivals)
+            }
+            exact = _layer(ours, heads, length, jnp.float32)
+            ways = {"forward + backward": with_gradients(kinds)}
+            if not on_cpu:
+                ways = {"forward": kinds} | ways
+            for way, layers in ways.items():
+                checked = length <= _MAX_PLAIN_LENGTH and way != "forward"
+                yield from compare(
+                    f"{ours} module {way} t={length}",
+                    {f"{kind} module": layer for kind, layer in layers.items()},
+                    expected=in_float32(exact.with_gradients()) if checked else None,
+                )
+
+
+def _groups(length, on_cpu):
+    """Our layer and its rivals. On a CPU one rival at a time: gigabytes that a dense layer has just
+    given back slow down its peers."""
+    if not on_cpu:
+        return [("block", "learned", "window", "dense")]
+    if length > _MAX_PLAIN_LENGTH:
+        return [("learned", "window")]
+    return [("learned", "window"), ("learned", "dense"), ("block", "dense")]
+
+
+def _layer(kind, heads, length, dtype, same=True):
+    features = heads * WIDTH
+    layer = SparseSelfAttention(
+        features, heads, length, pattern=kind, num_tuples=4, num_global=4, num_local=2,
+        dtype=dtype, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def run(params, rest, x):
+        with _cudnn(wanted=dtype == jnp.bfloat16):
+            return nnx.merge(graphdef, params, rest, copy=True)(x)
+
+    x = jax.random.normal(jax.random.key(0), (1, length, features)).astype(dtype)
+    return Contender(run, (params, rest, x), (0, 2), same=same)
+
+
+def _cudnn(*, wanted):
+    """While a layer is traced on a GPU, its dense attention is that of cudnn."""
+    implementation = "cudnn" if wanted and jax.default_backend() == "gpu" else None
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    return mock.patch.object(jax.nn, "dot_product_attention", attend)
+
+
+if __name__ == "__main__":
+    report.main(modules=cases)

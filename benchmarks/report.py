@@ -1,0 +1,159 @@
+"""How every benchmark reports: lines for people, rows for scripts as they come, JSON at the end.
+
+A suite is a function of the scale that yields rows, which are dictionaries, and statements, which
+are strings. Its module ends with `report.main(name=suite)`.
+"""
+
+import ctypes
+import datetime
+import json
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from benchmarks.timing import OutOfTimeError, bytes_per_second, end_after
+
+Suite = Callable[[bool], Iterator[dict[str, Any] | str]]
+
+_HEAD = f"{'case':44} {'ms':>9}  {'rival':28} {'ms':>9} {'speedup':>8} {'differs':>8} {'floor':>6}"
+
+
+def main(**suites: Suite) -> None:
+    """Runs suites as a command.
+
+    Args:
+      **suites: by name; functions of whether the scale is small.
+    """
+    flags.DEFINE_string("out", None, "File to write the JSON to, besides standard output.")
+    flags.DEFINE_string("rows", None, "File to add every row to as it comes, in JSON lines.")
+    flags.DEFINE_list("only", list(suites), f"Parts to run, of {','.join(suites)}.")
+    flags.DEFINE_enum("scale", "full", ["full", "small"], "small: only tries itself out.")
+    flags.DEFINE_float("budget_s", None, "Begins no case after so many seconds.")
+    _keep_memory()
+
+    def run(_):
+        wanted = flags.FLAGS
+        if unknown := set(wanted.only) - set(suites):
+            raise app.UsageError(f"--only: got {', '.join(sorted(unknown))}, see --help")
+        chosen = {name: suites[name] for name in wanted.only}
+        if _report(chosen, wanted.scale == "small", wanted.out, wanted.rows, wanted.budget_s):
+            sys.exit(1)
+
+    app.run(run)
+
+
+def made_with() -> dict[str, Any]:
+    """Where, when and by which command results are made."""
+    cores = f", {os.cpu_count()} cores" if jax.default_backend() == "cpu" else ""
+    # `benchmarks.device` names itself in the environment of what it runs.
+    command = " ".join(["python", *sys.orig_argv[1:]])
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind + cores,
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+        "command": os.environ.get("BENCHMARKS_COMMAND", command),
+    }
+
+
+def _keep_memory():
+    """Has the C library of Linux keep what is freed, in one heap; others have no such option.
+
+    Memory that a case has used stays with the process then, as it does in a training loop that is
+    compiled as a whole. Linux would otherwise take large arrays back after every call and hand them
+    out cleared, which is a fifth of the time of a layer.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        arena_max, mmap_max, trim_threshold = -8, -4, -1
+        for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1)):
+            libc.mallopt(option, value)
+
+
+def _report(
+    suites: dict[str, Suite], small: bool, out: str | None, rows: str | None, budget: float | None
+) -> int:
+    """Runs the suites; returns how much of them failed."""
+    if budget is not None:
+        end_after(budget)
+    cases, statements, failures = [], [], 0
+    made = made_with()
+
+    def keep(part, item):
+        row = {"statement": item} if isinstance(item, str) else item
+        if isinstance(item, str):
+            statements.append(item)
+            print(item, flush=True)
+        else:
+            cases.append(item)
+            print(_line(item), flush=True)
+        if rows:
+            with pathlib.Path(rows).open("a") as file:
+                file.write(json.dumps({"part": part, **made, **row}) + "\n")
+
+    print(_HEAD, flush=True)
+    for part, suite in suites.items():
+        try:
+            for item in suite(small):
+                keep(part, item)
+                failures += isinstance(item, dict) and _failed(item)
+        except OutOfTimeError:
+            keep(part, f"{part}: out of time after {budget:.0f} s")
+        except Exception as error:
+            traceback.print_exc()
+            keep(part, f"{part}: failed with {type(error).__name__}: {str(error)[:300]}")
+            failures += 1
+    for statement in _rule(cases):
+        keep("rule", statement)
+    text = json.dumps(
+        made | {"bytes_per_second": bytes_per_second(), "cases": cases, "statements": statements}
+    )
+    if out:
+        pathlib.Path(out).write_text(text + "\n")
+    print(text)
+    return failures
+
+
+def _failed(row):
+    """Whether a row holds an error other than a lack of memory, or of a kernel for the case."""
+    errors = [row[key] for key in ("error", "rival_error", "expected_error") if key in row]
+    accepted = ("RESOURCE_EXHAUSTED", "NotImplementedError")
+    return row.get("ok") is False or any(
+        not any(reason in error for reason in accepted) for error in errors
+    )
+
+
+def _rule(cases):
+    """Which backends are right and faster than plain JAX in every case of an operation."""
+    judged = {}
+    for case in cases:
+        if "rival_passes" in case:
+            operation = case["name"].split()[0]
+            judged.setdefault((operation, case["rival"]), []).append(case["rival_passes"])
+    for (operation, backend), passes in judged.items():
+        verdict = "passes" if all(passes) else "does not pass"
+        yield f"rule: {backend} {verdict} for {operation} ({sum(passes)} of {len(passes)} cases)"
+
+
+def _line(row):
+    def number(key, form):
+        value = row.get(key)
+        return "-" if value is None else format(value, form)
+
+    if "ok" in row:
+        rest = {key: value for key, value in row.items() if key not in ("name", "ok")}
+        figures = ", ".join(f"{key} {value}" for key, value in rest.items())
+        return f"{'ok    ' if row['ok'] else 'FAILED'} {row['name']}: {figures}"
+    line = (
+        f"{row['name']:44} {number('ms', '.3f'):>9}  {row['rival'] or '-':28} "
+        f"{number('rival_ms', '.3f'):>9} {number('speedup', '.2f'):>7}x "
+        f"{number('max_difference', '.0e'):>8} {number('floor_fraction', '.0%'):>6}"
+    )
+    if "kernel_ms" in row:
+        line += f"  kernels {row['kernel_ms']:.3f} ({row['kernels']})"
+    return line + "".join(f"\n  {key}: {row[key]}" for key in row if key.endswith("error"))
