@@ -11,12 +11,12 @@ from hyperlayer_jax import kernels
 
 # Backends that would only be interpreted on a device, or that are meant for another.
 _ELSEWHERE = {
-    "cpu": ("mosaic_gpu", "triton", "triton_deterministic", "tpu"),
+    "cpu": ("mosaic_gpu", "triton", "tpu"),
     "gpu": ("cpu", "tpu"),
-    "tpu": ("cpu", "mosaic_gpu", "triton", "triton_deterministic"),
+    "tpu": ("cpu", "mosaic_gpu", "triton"),
 }
 # Plain JAX, what every backend is measured against.
-PLAIN = ("reference", "xla")
+PLAIN = ("reference",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,7 @@ def with_gradients(contenders: dict[str, Contender]) -> dict[str, Contender]:
 
 def implementations(operation: str) -> tuple[str, ...]:
     """The backends of an operation of `hyperlayer_jax.kernels` that this device is meant for."""
-    # At the merge: known = kernels.implementations(operation)
-    known = getattr(kernels, "implementations", lambda _: ("xla",))(operation)
+    known = kernels.implementations(operation)
     return tuple(name for name in known if name not in _ELSEWHERE[jax.default_backend()])
 
 

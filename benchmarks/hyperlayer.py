@@ -84,11 +84,7 @@ def _spread(points, means, sigmas, values, implementation=None):
     """`hl.redistribute`, which removes copies first; of one backend if that is named."""
     if implementation is None:
         return hl.redistribute(points, hl.IndexTuples(means, sigmas, values))
-    # At the merge: without where, which kernels find by themselves then.
-    where = None if hasattr(kernels, "duplicate_mask") else ~hl.duplicate_mask(points)
-    return kernels.redistribute(
-        points, means, sigmas, values, where=where, implementation=implementation
-    )
+    return kernels.redistribute(points, means, sigmas, values, implementation=implementation)
 
 
 def _by_softmax(points, means, sigmas, values):

@@ -47,6 +47,7 @@ _FOLDERS |= dict.fromkeys(
 )
 _PLAIN = ("reference", "cpu")
 _PLATFORMS = {"mosaic_gpu": ("cuda",), "triton": ("cuda", "rocm"), "tpu": ("tpu",)}
+INTERPRETED_WITH_EFFECTS = ("mosaic_gpu",)
 BACKENDS = (*_PLAIN, *_PLATFORMS)
 
 # The kernels that `implementation=None` takes, by the beginning of the name of the device (its

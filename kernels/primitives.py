@@ -41,10 +41,10 @@ def _primitive(name: str, evaluate: Callable[..., list], shapes: Callable[..., l
     primitive = Primitive(name)
     primitive.multiple_results = True
 
-    @primitive.def_abstract_eval
+    @primitive.def_effectful_abstract_eval
     def _(*operands, **params):
         mesh, varying = operands[0].sharding.mesh, operands[0].manual_axis_type
-        return [
+        results = [
             jax.core.ShapedArray(
                 shape,
                 dtype,
@@ -53,6 +53,7 @@ def _primitive(name: str, evaluate: Callable[..., list], shapes: Callable[..., l
             )
             for shape, dtype in shapes(*operands, **params)
         ]
+        return results, _effects(evaluate, operands, **params)
 
     @functools.cache
     def compiled(**params):
@@ -96,6 +97,18 @@ def _primitive(name: str, evaluate: Callable[..., list], shapes: Callable[..., l
     batching.primitive_batchers[primitive] = batch
     EVALUATE[primitive], _SHAPES[primitive] = evaluate, shapes
     return primitive
+
+
+def _effects(evaluate, operands, *, implementation, **params):
+    """What the interpreter of a kernel does besides computing; nothing elsewhere."""
+    if implementation not in dispatch.INTERPRETED_WITH_EFFECTS or jax.default_backend() != "cpu":
+        return set()
+    params |= {"implementation": implementation, "platform": "cpu", "partitioned": False}
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=x.manual_axis_type)
+        for x in operands
+    ]
+    return jax.make_jaxpr(functools.partial(evaluate, **params))(*shapes).effects
 
 
 def _bind(primitive: Primitive, *operands: jax.Array, **params: Any) -> list[jax.Array]:
