@@ -14,8 +14,10 @@ from . import reference
 
 # What is summed over entries is summed in blocks of so many, unrolled.
 _UNROLL = 8
-# Products over fewer features than this are summed lane by lane, and scattered in one go.
+# Products over fewer features than this are scattered in one go; sums over more go lane by lane.
 _LANES = 8
+# Dot products of fewer features than this are best left to XLA (measured).
+_FEW_FEATURES = 32
 
 
 def _rows(dense, indices):
@@ -91,13 +93,18 @@ def ell_spmm_transposed(
     return jnp.moveaxis(jax.lax.map(lambda x: scatter(*x), last), 0, -3)
 
 
-@functools.partial(jnp.vectorize, signature="(i,p),(i,d),(j,d)->(i,p)")
 def ell_sddmm(indices: jax.Array, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """A few q at a time: all lanes would be [i, p, 8].
 
     The blocks of q are equal and all in one loop: before it, XLA might gather from what is still
     laid out otherwise, at up to four times the cost.
     """
+    few = lhs.shape[-1] < _FEW_FEATURES
+    return reference.ell_sddmm(indices, lhs, rhs) if few else _blocks_of_dots(indices, lhs, rhs)
+
+
+@functools.partial(jnp.vectorize, signature="(i,p),(i,d),(j,d)->(i,p)")
+def _blocks_of_dots(indices, lhs, rhs):
     left = lhs.astype(accumulator(lhs.dtype))
     i, entries = indices.shape
     num_blocks = -(-entries // _UNROLL)
