@@ -1,6 +1,6 @@
 """Writes results of `benchmarks.run` or `benchmarks.device` into a page, between two comments.
 
-`python -m benchmarks.table benchmarks/results/cpu.json README.md` replaces what stands between
+`python -m benchmarks.table benchmarks/results/cpu.json docs/cpu.md` replaces what stands between
 `<!-- benchmarks cpu -->` and `<!-- end of benchmarks cpu -->`. The results may be of any device: a
 report, or its rows.
 """
@@ -68,7 +68,7 @@ def _number(value, form):
 
 def _main(arguments):
     if len(arguments) != 3:
-        raise app.UsageError("Want a file of results and a page: results.json README.md")
+        raise app.UsageError("Want a file of results and a page: results.json docs/cpu.md")
     results, page = map(pathlib.Path, arguments[1:])
     text = table(read(results))
     page.write_text(insert(page.read_text(), results.stem, text))

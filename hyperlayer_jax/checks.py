@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hyperlayer_jax.kernels import accumulator
 from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
 
 INT32_MAX = 2**31 - 1
@@ -98,6 +99,12 @@ def check_tuples(tuples: IndexTuples) -> None:
             f"tuples.values: got shape {tuples.values.shape}, "
             f"want one for each tuple, {tuples.means.shape[:-1]}"
         )
+
+
+def accumulator_of(tuples: IndexTuples) -> jnp.dtype:
+    """The dtype that tuples are computed in: float64 if any of their arrays is, else float32."""
+    dtypes = {accumulator(x.dtype) for x in (tuples.means, tuples.sigmas, tuples.values)}
+    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
 
 
 def check_countable(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> None:

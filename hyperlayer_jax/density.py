@@ -1,7 +1,6 @@
 """Redistribution: each tuple spreads its value over the points of its chunk."""
 
 import jax
-import jax.numpy as jnp
 
 from hyperlayer_jax import checks, kernels
 from hyperlayer_jax.types import IndexTuples
@@ -49,8 +48,7 @@ def redistribute(
         )
     if where is not None:
         checks.check_mask("where", where, (*leading, m))
-    dtype = jnp.promote_types(tuples.means.dtype, tuples.sigmas.dtype)
-    dtype = kernels.accumulator(jnp.promote_types(dtype, tuples.values.dtype))
+    dtype = checks.accumulator_of(tuples)
     means, sigmas, values = (x.astype(dtype) for x in (tuples.means, tuples.sigmas, tuples.values))
     shares = kernels.redistribute(
         indices, means, sigmas, values, where=where, implementation=implementation

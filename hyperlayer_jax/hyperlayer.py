@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.density import redistribute
-from hyperlayer_jax.kernels import accumulator
 from hyperlayer_jax.lift import lift
 from hyperlayer_jax.sampling import fixed_indices, round_means, sample_indices
 from hyperlayer_jax.types import IndexTuples
@@ -55,8 +54,8 @@ def discretize(
     """
     tuples = checks.as_arrays(tuples)
     checks.check_tuples(tuples)
-    dtype = accumulator(jnp.promote_types(tuples.means.dtype, tuples.values.dtype))
-    checks.check_countable("shape", checks.check_shape("shape", shape), dtype)
+    shape = checks.check_shape("shape", shape)
+    checks.check_countable("shape", shape, checks.accumulator_of(tuples))
     counts: dict[str, Any] = {"num_global": num_global, "num_local": num_local, "region": region}
     if key is None:
         indices = fixed_indices(tuples.means, tuples.sigmas, shape, **counts)
