@@ -38,7 +38,7 @@ SERVES = {
     "duplicate_mask": ("reference", "cpu"),
     "gathered_attention": ("reference", "triton", "tpu"),
     "block_attention": ("reference", "mosaic_gpu", "tpu"),
-    "masked_block_attention": ("reference",),
+    "masked_block_attention": ("reference", "mosaic_gpu"),
 }
 _FOLDERS = dict.fromkeys(("redistribute", "shares", "duplicate_mask"), "redistribution")
 _FOLDERS |= dict.fromkeys(
