@@ -26,13 +26,13 @@ from typing import Any
 import jax
 
 # The backends of each operation, and the folder that they are in.
-_PRODUCTS = ("reference", "cpu", "tpu")
+_ELL, _COO = ("reference", "cpu", "mosaic_gpu", "tpu"), ("reference", "cpu", "tpu")
 SERVES = {
-    "ell_spmm": _PRODUCTS,
-    "ell_spmm_transposed": _PRODUCTS,
-    "ell_sddmm": _PRODUCTS,
-    "spmm": _PRODUCTS,
-    "sddmm": _PRODUCTS,
+    "ell_spmm": _ELL,
+    "ell_spmm_transposed": _ELL,
+    "ell_sddmm": _ELL,
+    "spmm": _COO,
+    "sddmm": _COO,
     "redistribute": ("reference", "cpu", "tpu"),
     "shares": ("reference", "cpu"),
     "duplicate_mask": ("reference", "cpu"),

@@ -248,6 +248,7 @@ def _call(kernel, outputs, lists, *, own, streamed, scratch):
         walk = functools.partial(_walk, list_refs, streamed_refs, streamed_smem, barriers)
         kernel(output_refs, own_smem, walk, streamed_smem, scratch)
 
+    run.__name__ = kernel.func.__name__.strip("_")
     varying = jax.typeof(operands[0]).manual_axis_type
     (b, length, *_), _ = outputs[0]
     return plgpu.kernel(
