@@ -58,13 +58,13 @@ def lacks(_, q, k, v, *operands, block, causal, scale):
 def block_attention(q, k, v, block_indices, log_weights, *, interpret, **sizes):
     """Of one batch axis."""
     del interpret
-    return _attention(q, k, v, [], block_indices, log_weights, **sizes)
+    return _attention(_forward_kernel, q, k, v, [], block_indices, log_weights, **sizes)
 
 
 def masked_block_attention(q, k, v, block_indices, log_weights, mask, *, interpret, **sizes):
     """The same over the keys that `mask` bool [b,s] allows."""
     del interpret
-    return _attention(q, *_hide(k, v, mask), block_indices, log_weights, **sizes)
+    return _attention(_forward_kernel, q, *_hide(k, v, mask), block_indices, log_weights, **sizes)
 
 
 def block_attention_grad(q, k, v, block_indices, log_weights, *others, interpret, **sizes):
@@ -87,12 +87,12 @@ def _hide(k, v, mask):
     return k, v, [jnp.where(mask, jnp.float32(0), -jnp.inf)]
 
 
-def _attention(q, k, v, hidden, block_indices, log_weights, *, block, causal, scale):
+def _attention(kernel, q, k, v, hidden, block_indices, log_weights, *, block, causal, scale):
     """The result, and the log-sum-exp of the logits of each query; `hidden` is of `_hide`."""
     entries = _entries(block_indices, log_weights, k.shape[1], block, causal)
     (b, t, _), e = q.shape, v.shape[2]
     return _call(
-        functools.partial(_forward_kernel, causal=causal),
+        functools.partial(kernel, causal=causal),
         [((b, t, e), q.dtype), ((b, t), jnp.float32)],
         _by_query(*entries),
         own=[scaled(q, scale)],
@@ -225,11 +225,12 @@ def _vector(*lead):
 
 
 def _call(kernel, outputs, lists, *, own, streamed, scratch):
-    """kernel(outputs, own, walk, streamed, scratch) for each row of tiles of each of the batch.
+    """kernel(outputs, own, stream, scratch) for each row of tiles of each of the batch.
 
     The rows are those of the first of `outputs`, pairs of a shape and a dtype, and have `lists`.
     `own` and `streamed` are arrays, matrices [b,t,width] or vectors [b,t]. The kernel gets buffers
-    of a tile of each, and of each streamed one _STAGES; `own` is there, `walk` is `_walk`.
+    of a tile of each of `own`, which is there; `stream` is what `_walk` takes of the others, with
+    _STAGES tiles of each.
     """
     operands = [*lists, *own, *streamed]
     lengths = [len(group) for group in (lists, own, streamed, outputs)]
@@ -245,8 +246,8 @@ def _call(kernel, outputs, lists, *, own, streamed, scratch):
         for ref, smem in zip(own_refs, own_smem, strict=True):
             plgpu.copy_gmem_to_smem(ref.at[_own()], smem, own_barrier)
         plgpu.barrier_wait(own_barrier)
-        walk = functools.partial(_walk, list_refs, streamed_refs, streamed_smem, barriers)
-        kernel(output_refs, own_smem, walk, streamed_smem, scratch)
+        stream = list_refs, streamed_refs, streamed_smem, barriers
+        kernel(output_refs, own_smem, stream, scratch)
 
     run.__name__ = kernel.func.__name__.strip("_")
     varying = jax.typeof(operands[0]).manual_axis_type
@@ -271,13 +272,12 @@ def _own():
     return lax.axis_index("batch"), pl.ds(lax.axis_index("row") * _TILE, _TILE)
 
 
-def _walk(lists, refs, buffers, barriers, step, carry):
-    """Folds `step` over the list of this program.
+def _fetch_first(lists, refs, buffers, barriers):
+    """Starts the copies of the first _STAGES entries of the list of this program.
 
-    step(carry, n, tile, weight, waits): entry n of all. waits[i]() is the i-th of `refs` at its
-    tile, in shared memory, as soon as it has arrived.
+    Returns where it starts, its length, and what starts those of its entry n: fetch(n).
     """
-    tiles_ref, weights_ref, starts_ref, counts_ref = lists
+    tiles_ref, _, starts_ref, counts_ref = lists
     batch, row = lax.axis_index("batch"), lax.axis_index("row")
     start, count = starts_ref[batch, row], counts_ref[batch, row]
 
@@ -287,12 +287,23 @@ def _walk(lists, refs, buffers, barriers, step, carry):
         for ref, buffer, barrier in zip(refs, buffers, barriers, strict=True):
             plgpu.copy_gmem_to_smem(ref.at[batch, rows], buffer.at[slot], barrier.at[slot])
 
+    for n in range(_STAGES):
+        pl.when(n < count)(functools.partial(fetch, jnp.int32(n)))
+    return start, count, fetch
+
+
+def _walk(lists, refs, buffers, barriers, step, carry):
+    """Folds `step` over the list of this program.
+
+    step(carry, n, tile, weight, waits): entry n of all. waits[i]() is the i-th of `refs` at its
+    tile, in shared memory, as soon as it has arrived.
+    """
+    start, count, fetch = _fetch_first(lists, refs, buffers, barriers)
+    (tiles_ref, weights_ref, _, _), batch = lists, lax.axis_index("batch")
+
     def wait(buffer, barrier, slot):
         plgpu.barrier_wait(barrier.at[slot])
         return buffer.at[slot]
-
-    for n in range(_STAGES):
-        pl.when(n < count)(functools.partial(fetch, jnp.int32(n)))
 
     def body(n, carry):
         slot = lax.rem(n, jnp.int32(_STAGES))
@@ -353,43 +364,58 @@ def _store(ref, buffer, value, index):
     plgpu.copy_smem_to_gmem(buffer, ref.at[index])
 
 
-def _forward_kernel(outputs, own, walk, streamed, scratch, *, causal):
-    (out_ref, log_sum_exp_ref), (q,), (weights_smem, vector_smem) = outputs, own, scratch
+def _forward_kernel(outputs, own, stream, scratch, *, causal):
+    (out_ref, _), (q,), (weights_smem, _) = outputs, own, scratch
     row = lax.axis_index("row")
 
-    def step(carry, _, tile, weight, waits):
-        top, total, out = carry
+    def step(state, _, tile, weight, waits):
         keys, values, *hidden = waits
         logits = _product(q, _transposed(keys())) * _LOG2E + weight
         logits = _masked(logits, [wait() for wait in hidden], _COLS, 1)
         if causal:
             logits = _causal(logits, row, tile, 0)
-        higher = jnp.maximum(top, logits.max(axis=1))
-        # Of what is not hidden, each query sees at least one key of every tile that it meets.
-        shift = jnp.where(higher > -jnp.inf, higher, 0.0) if hidden else higher
-        decay = jnp.exp2(top - shift)
-        weights = jnp.exp2(logits - lax.broadcast_in_dim(shift, logits.shape, [0]))
-        total = total * decay + weights.sum(axis=1)
-        weights_smem[...] = weights.astype(weights_smem.dtype)
-        plgpu.commit_smem()
-        out = out * lax.broadcast_in_dim(decay, out.shape, [0]) + _product(weights_smem, values())
-        return higher, total, out
+        return _add_tile(state, logits, weights_smem, values, masked=bool(hidden))
 
-    carry = (
+    state = _walk(*stream, step, _first_state(out_ref))
+    _store_forward(outputs, stream, scratch, state)
+
+
+def _first_state(out_ref):
+    """Top and sum of the weights of each query, and of the values, before any key."""
+    return (
         _full((_TILE,), -jnp.inf, _ROWS),
         _full((_TILE,), 0, _ROWS),
         _full((_TILE, out_ref.shape[2]), 0, plgpu.Layout.WGMMA),
     )
-    top, total, out = walk(step, carry)
+
+
+def _add_tile(state, logits, weights_smem, wait_for_values, *, masked=False):
+    """The state with the keys of one more tile."""
+    top, total, out = state
+    higher = jnp.maximum(top, logits.max(axis=1))
+    # Of what is not masked, each query sees at least one key of every tile that it meets.
+    shift = jnp.where(higher > -jnp.inf, higher, 0.0) if masked else higher
+    decay = jnp.exp2(top - shift)
+    weights = jnp.exp2(logits - lax.broadcast_in_dim(shift, logits.shape, [0]))
+    total = total * decay + weights.sum(axis=1)
+    weights_smem[...] = weights.astype(weights_smem.dtype)
+    plgpu.commit_smem()
+    out = out * lax.broadcast_in_dim(decay, out.shape, [0])
+    return higher, total, out + _product(weights_smem, wait_for_values())
+
+
+def _store_forward(outputs, stream, scratch, state):
+    (out_ref, log_sum_exp_ref), (_, vector_smem) = outputs, scratch
+    top, total, out = state
     total = jnp.maximum(total, 1.0)
     out = out / lax.broadcast_in_dim(total, out.shape, [0])
     log_sum_exp = jnp.where(top > -jnp.inf, top, 0.0) / _LOG2E + jnp.log(total)
-    _store(out_ref, streamed[1].at[0], out, _own())
+    _store(out_ref, stream[2][1].at[0], out, _own())
     _store(log_sum_exp_ref, vector_smem, log_sum_exp, _own())
     plgpu.wait_smem_to_gmem(0)
 
 
-def _dq_kernel(outputs, own, walk, _, scratch, *, causal):
+def _dq_kernel(outputs, own, stream, scratch, *, causal):
     (dq_ref, sums_ref), (q, grad, *vectors), (dlogits_smem, sums_smem) = outputs, own, scratch
     log_sum_exp, mean_grad = (plgpu.layout_cast(x[...], _ROWS) for x in vectors)
     batch, row = lax.axis_index("batch"), lax.axis_index("row")
@@ -411,7 +437,7 @@ def _dq_kernel(outputs, own, walk, _, scratch, *, causal):
             plgpu.wgmma_wait(0)
             return carry
 
-        walk(step, jnp.int32(0))
+        _walk(*stream, step, jnp.int32(0))
         return dq[...]
 
     dq = pl.run_scoped(run, plgpu.ACC((_TILE, dq_ref.shape[2]), jnp.float32))
@@ -419,7 +445,7 @@ def _dq_kernel(outputs, own, walk, _, scratch, *, causal):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _dkv_kernel(outputs, own, walk, _, scratch, *, causal):
+def _dkv_kernel(outputs, own, stream, scratch, *, causal):
     (k, v, *hidden), (weights_smem, dlogits_smem) = own, scratch
     row = lax.axis_index("row")
 
@@ -442,7 +468,7 @@ def _dkv_kernel(outputs, own, walk, _, scratch, *, causal):
             plgpu.wgmma_wait(0)
             return carry
 
-        walk(step, jnp.int32(0))
+        _walk(*stream, step, jnp.int32(0))
         return dk[...], dv[...]
 
     grads = pl.run_scoped(run, *(plgpu.ACC((_TILE, ref.shape[2]), jnp.float32) for ref in outputs))
