@@ -63,7 +63,9 @@ def lacks(operation, indices, *operands, **sizes):
             dense.shape[2] > _MAX_FEATURES
         ),
         f"p = {p} needs {shared} bytes of shared memory, of {_SHARED}": shared > _SHARED,
-        f"its grid holds a batch of at most {_MAX_BATCH}, got {b}": b > _MAX_BATCH,
+        f"its grid holds a batch of at most {_MAX_BATCH}, got {b}": (
+            isinstance(b, int) and b > _MAX_BATCH
+        ),
     }
     return "" if operation == "ell_spmm_transposed" else next(filter(reasons.get, reasons), "")
 
