@@ -4,7 +4,7 @@
 
 - "reference": the meaning of the operation, plain JAX that is good on any device;
 - "cpu": the same, made fast where XLA on CPU needs help;
-- "mosaic_gpu", "triton", "tpu": Pallas kernels.
+- "mosaic_gpu", "mosaic_gpu_ahead", "triton", "tpu": Pallas kernels.
 
 None takes a kernel where `FASTER` has a line for the device, and plain JAX elsewhere: "cpu" on
 CPUs, if there is one, and "reference" on other devices. Where a named kernel is lowered for a CPU,
@@ -26,28 +26,33 @@ from typing import Any
 import jax
 
 # The backends of each operation, and the folder that they are in.
-_PRODUCTS = ("reference", "cpu", "tpu")
+_ELL, _COO = ("reference", "cpu", "mosaic_gpu", "tpu"), ("reference", "cpu", "tpu")
 SERVES = {
-    "ell_spmm": _PRODUCTS,
-    "ell_spmm_transposed": _PRODUCTS,
-    "ell_sddmm": _PRODUCTS,
-    "spmm": _PRODUCTS,
-    "sddmm": _PRODUCTS,
+    "ell_spmm": _ELL,
+    "ell_spmm_transposed": _ELL,
+    "ell_sddmm": _ELL,
+    "spmm": _COO,
+    "sddmm": _COO,
     "row_max": ("reference",),
     "redistribute": ("reference", "cpu", "tpu"),
     "shares": ("reference", "cpu"),
     "duplicate_mask": ("reference", "cpu"),
     "gathered_attention": ("reference", "triton", "tpu"),
-    "block_attention": ("reference", "mosaic_gpu", "tpu"),
-    "masked_block_attention": ("reference",),
+    "block_attention": ("reference", "mosaic_gpu", "mosaic_gpu_ahead", "tpu"),
+    "masked_block_attention": ("reference", "mosaic_gpu"),
 }
 _FOLDERS = dict.fromkeys(("redistribute", "shares", "duplicate_mask"), "redistribution")
 _FOLDERS |= dict.fromkeys(
     ("gathered_attention", "block_attention", "masked_block_attention"), "attention"
 )
 _PLAIN = ("reference", "cpu")
-_PLATFORMS = {"mosaic_gpu": ("cuda",), "triton": ("cuda", "rocm"), "tpu": ("tpu",)}
-INTERPRETED_WITH_EFFECTS = ("mosaic_gpu",)
+_PLATFORMS = {
+    "mosaic_gpu": ("cuda",),
+    "mosaic_gpu_ahead": ("cuda",),
+    "triton": ("cuda", "rocm"),
+    "tpu": ("tpu",),
+}
+INTERPRETED_WITH_EFFECTS = ("mosaic_gpu", "mosaic_gpu_ahead")
 BACKENDS = (*_PLAIN, *_PLATFORMS)
 
 # The kernels that `implementation=None` takes, by the beginning of the name of the device (its

@@ -6,6 +6,7 @@ has; the compiler says so. Needs the extra `aot`: `pytest -k aot`.
 
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,23 @@ GATHERED = {
     "usual": ((64,), jnp.bfloat16, 784, 10000, 10, 64, 64),
     "large": ((), jnp.float32, 4096, 4096, 64, 256, 200),
 }
-# Members of the batch, queries, keys, features, features of values; block, entries, and whether
-# causal.
+# Members of the batch, queries, keys, features, features of values; block, entries, whether causal
+# and masked, and the backend.
 BLOCKS = {
-    "one tile to a block": (2, 512, 1024, 64, 64, 64, 3, False),
-    "four tiles to a block": (1, 512, 512, 128, 128, 128, 2, True),
-    "long": (8, 65536, 65536, 64, 128, 64, 16, True),
+    "one tile to a block": (2, 512, 1024, 64, 64, 64, 3, False, False, "mosaic_gpu"),
+    "four tiles to a block": (1, 512, 512, 128, 128, 128, 2, True, False, "mosaic_gpu"),
+    "long": (8, 65536, 65536, 64, 128, 64, 16, True, False, "mosaic_gpu"),
+    "masked": (8, 4096, 4096, 128, 64, 64, 16, True, True, "mosaic_gpu"),
+    "ahead": (8, 65536, 65536, 64, 128, 64, 16, True, False, "mosaic_gpu_ahead"),
 }
+# Members of the batch, rows, entries of a row, columns, features, dtype.
+PRODUCTS = {
+    "usual": (256, 784, 10, 10000, 64, jnp.float32),
+    "16 bits": (4, 64, 1, 100, 128, jnp.bfloat16),
+    "ragged": (1, 5, 3, 7, 96, jnp.float32),
+}
+# What a device launches nothing for.
+FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,7 @@ def device():
 
 
 def compile_for(device, function, operands, spec=None):
-    """Compiles a function and its gradients for the device; returns the program in StableHLO.
+    """A function and its gradients for the device: lowered, and compiled.
 
     `function` takes positions and floats, tuples of arrays; only floats have gradients. With a
     `spec`, operands are laid out so over the mesh axis "data".
@@ -74,8 +85,16 @@ def compile_for(device, function, operands, spec=None):
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
         traced = jax.jit(value_and_vjp).trace(*operands)
         lowered = traced.lower(lowering_platforms=("cuda",))
-    lowered.compile()
-    return lowered.as_text()
+    return lowered, lowered.compile()
+
+
+def launches(compiled):
+    """The operations of a compiled program that a device runs, those of a sort as one."""
+    program = re.search(r"^ENTRY .*?^}", compiled.as_text(), re.MULTILINE | re.DOTALL)[0]
+    lines = program.splitlines()[1:-1]
+    kinds = [re.match(r"\s*(?:ROOT )?\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(", x)[1] for x in lines]
+    assert "while" not in kinds
+    return [kind for kind in kinds if kind not in FREE]
 
 
 def gathered_case(batch, dtype, t, s, p, d, e):
@@ -94,7 +113,7 @@ def gathered_case(batch, dtype, t, s, p, d, e):
 
 @pytest.mark.parametrize("size", GATHERED)
 def test_triton(device, size):
-    assert "triton" in compile_for(device, *gathered_case(*GATHERED[size]))
+    assert "triton" in compile_for(device, *gathered_case(*GATHERED[size]))[0].as_text()
 
 
 def test_triton_under_shard_map(device):
@@ -105,30 +124,49 @@ def test_triton_under_shard_map(device):
         in_specs=PartitionSpec("data"),
         out_specs=PartitionSpec("data"),
     )
-    assert "triton" in compile_for(device, sharded, operands, PartitionSpec("data"))
+    lowered, _ = compile_for(device, sharded, operands, PartitionSpec("data"))
+    assert "triton" in lowered.as_text()
 
 
 @pytest.mark.parametrize("shape", BLOCKS)
 def test_mosaic_gpu(device, shape):
-    b, t, s, d, e, block, p, causal = BLOCKS[shape]
+    b, t, s, d, e, block, p, causal, masked, implementation = BLOCKS[shape]
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((b, *shape), dtype)
 
     def function(positions, floats):
-        q, k, v, log_weights = floats
+        (indices, *mask), (*qkv, log_weights) = positions, floats
         return kernels.block_attention(
-            q,
-            k,
-            v,
-            *positions,
+            *qkv,
+            indices,
             log_weights,
             block=block,
             causal=causal,
-            implementation="mosaic_gpu",
+            scale=d**-0.5,
+            mask=mask[0] if mask else None,
+            implementation=implementation,
         )
 
     rows = t // block
+    positions = [array(rows, p, dtype=jnp.int32), *[array(s, dtype=jnp.bool_)] * masked]
     floats = array(t, d), array(s, d), array(s, e), array(rows, p, dtype=jnp.float32)
-    program = compile_for(device, function, ((array(rows, p, dtype=jnp.int32),), floats))
-    assert program.count("mosaic_gpu") >= 3
+    _, compiled = compile_for(device, function, (positions, floats))
+    kinds = launches(compiled)
+    # The three kernels; what scales the query, makes the lists, and sums up around them.
+    assert kinds.count("custom-call") == 3
+    assert len(kinds) <= (12 if not masked else 15)
+
+
+@pytest.mark.parametrize("size", PRODUCTS)
+def test_products_on_mosaic_gpu(device, size):
+    """Value and gradients, one of which is `ell_sddmm`."""
+    b, i, p, j, d, dtype = PRODUCTS[size]
+
+    def function(indices, floats):
+        return kernels.ell_spmm(indices, *floats, implementation="mosaic_gpu")
+
+    indices = jax.ShapeDtypeStruct((b, i, p), jnp.int32)
+    floats = jax.ShapeDtypeStruct((b, i, p), dtype), jax.ShapeDtypeStruct((b, j, d), dtype)
+    _, compiled = compile_for(device, function, (indices, floats))
+    assert launches(compiled).count("custom-call") == 2

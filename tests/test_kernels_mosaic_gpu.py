@@ -5,6 +5,7 @@ arithmetic, not the order of asynchronous steps, which only a device can test.
 """
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,17 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hyperlayer_jax import kernels
+from hyperlayer_jax.kernels.attention import mosaic_gpu, mosaic_gpu_ahead, reference
 
+# Members of the batch, block, features of keys and values, entries, causal, and whether masked.
 CASES = {
-    "one tile to a block": ((2,), 64, 64, 64, 3, False),
-    "causal": ((2,), 64, 64, 128, 2, True),
-    "four tiles to a block": ((), 128, 128, 64, 2, True),
-    "one entry": ((1, 1), 64, 64, 64, 1, False),
+    "one tile to a block": (2, 64, 64, 64, 3, False, False),
+    "causal": (2, 64, 64, 128, 2, True, False),
+    "four tiles to a block": (1, 128, 128, 64, 2, True, False),
+    "one entry": (1, 64, 64, 64, 1, False, False),
+    "masked": (1, 64, 64, 64, 6, False, True),
 }
+SCALE = 0.3
 
 
 @pytest.fixture
@@ -40,37 +45,41 @@ interpreted_or_real = pytest.mark.usefixtures("interpreted")
 
 
 def example(case):
-    """(function of the floats, floats, oracle): 2 blocks of queries, 3 of keys, some absent."""
-    batch, block, d, e, p, causal = CASES[case]
+    """Floats, other operands and sizes: 2 blocks of queries, 3 of keys, some absent or hidden."""
+    b, block, d, e, p, causal, masked = CASES[case]
     rng = np.random.default_rng(0)
 
     def operand(*shape, scale=1.0):
-        return jnp.asarray(scale * rng.standard_normal((*batch, *shape)), jnp.bfloat16)
+        return jnp.asarray(scale * rng.standard_normal((b, *shape)), jnp.bfloat16)
 
-    indices = jnp.asarray(rng.integers(-1, 4, (*batch, 2, p)), jnp.int32)
-    log_weights = jnp.where(rng.random((*batch, 2, p)) < 0.2, -jnp.inf, operand(2, p))
-    scale = d**-0.25
-    q, k = operand(2 * block, d, scale=scale), operand(3 * block, d, scale=scale)
-    floats = q, k, operand(3 * block, e), log_weights
+    indices = jnp.asarray(rng.integers(-1, 4, (b, 2, p)), jnp.int32)
+    log_weights = jnp.where(rng.random((b, 2, p)) < 0.2, -jnp.inf, operand(2, p))
+    q, k = operand(2 * block, d, scale=0.8), operand(3 * block, d, scale=0.8)
+    # Some keys of the first tile, and all of the second.
+    mask = jnp.asarray(rng.random((b, 3 * block)) < 0.7).at[:, block : 2 * block].set(False)
+    floats = q, k, operand(3 * block, e), log_weights.astype(jnp.float32)
+    sizes = {"block": block, "causal": causal, "scale": SCALE}
+    return floats, indices, [mask] * masked, sizes
 
-    def function(q, k, v, log_weights, implementation="mosaic_gpu"):
-        return kernels.block_attention(
-            q,
-            k,
-            v,
-            indices,
-            log_weights,
-            block=block,
-            causal=causal,
-            implementation=implementation,
-        )
 
-    def expected(q, k, v, log_weights):
-        return oracle.block_attention(
-            q, k, v, np.asarray(indices), log_weights, block=block, causal=causal
-        )
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def run(module, floats, indices, mask, sizes, cotangent):
+    *qkv, log_weights = floats
+    operands, sizes = (*qkv, indices, log_weights, *mask), dict(sizes)
+    name = "masked_block_attention" if mask else "block_attention"
+    out, log_sum_exp = getattr(module, name)(*operands, **sizes)
+    grad = out if cotangent is None else cotangent
+    return out, getattr(module, name + "_grad")(*operands, out, log_sum_exp, grad, **sizes)
 
-    return function, floats, expected
+
+def attend(module, floats, indices, mask, sizes, cotangent=None):
+    """The result, and the gradients for a cotangent, by default the result itself.
+
+    Not through the primitives of the library: the interpreter of Mosaic GPU kernels has effects,
+    which a lowering rule cannot have.
+    """
+    sizes = sizes if module is reference else sizes | {"interpret": True}
+    return run(module, floats, indices, mask, tuple(sizes.items()), cotangent)
 
 
 def assert_close(actual, expected):
@@ -79,56 +88,73 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, 2e-2, 2e-2 * np.abs(expected).max())
 
 
-@interpreted_or_real
-@pytest.mark.parametrize("case", CASES)
-def test_agrees_with_the_oracle(case):
-    function, floats, expected = example(case)
-    assert_close(jax.jit(function)(*floats), expected(*floats))
-
-
 @pytest.mark.slow
 @interpreted_or_real
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_agree_with_plain_jax(case):
-    function, floats, _ = example(case)
-    out, vjp = jax.vjp(function, *floats)
-    _, plain = jax.vjp(lambda *floats: function(*floats, implementation="reference"), *floats)
-    for gradient, wanted in zip(vjp(out), plain(out), strict=True):
-        assert gradient.dtype == jnp.bfloat16
-        assert_close(gradient, wanted)
+def test_agrees_with_the_oracle_and_gradients_with_plain_jax(case):
+    floats, indices, mask, sizes = example(case)
+    out, gradients = attend(mosaic_gpu, floats, indices, mask, sizes)
+    q, k, v, log_weights = floats
+    expected = oracle.block_attention(
+        np.asarray(q, np.float64) * SCALE,
+        k,
+        v,
+        np.asarray(indices),
+        log_weights,
+        block=sizes["block"],
+        causal=sizes["causal"],
+        mask=np.asarray(mask[0]) if mask else None,
+    )
+    assert_close(out, expected)
+    plain, wanted = attend(reference, floats, indices, mask, sizes)
+    assert_close(plain, expected)
+    assert [g.dtype for g in gradients] == [f.dtype for f in floats]
+    jax.tree.map(assert_close, list(gradients), list(wanted))
 
 
 @pytest.mark.slow
 @interpreted_or_real
-def test_gives_the_same_bits_twice():
-    function, floats, _ = example("causal")
-    run = jax.jit(lambda *floats: jax.vjp(function, *floats)[1](floats[2][..., :128, :]))
-    for first, second in zip(run(*floats), run(*floats), strict=True):
-        np.testing.assert_array_equal(first, second)
-
-
-@pytest.mark.slow
-@interpreted_or_real
-def test_vmap_and_grad_commute():
-    function, floats, _ = example("one entry")
-    floats = tuple(jnp.stack([x, x[..., ::-1]]) for x in floats)
-    loss = lambda *floats: (function(*floats).astype(jnp.float32) ** 2).sum()  # noqa: E731
-    each = jax.grad(loss, (0, 1, 2, 3))
-    mapped = jax.vmap(each)(*floats)
-    summed = jax.grad(lambda floats: jax.vmap(loss)(*floats).sum())(floats)
-    alone = [each(*(x[n] for x in floats)) for n in range(2)]
-    for a, s, *e in zip(mapped, summed, *alone, strict=True):
-        np.testing.assert_array_equal(a, jnp.stack(e))
-        np.testing.assert_array_equal(s, jnp.stack(e))
+def test_gives_the_same_bits_twice_and_under_a_mask_that_hides_nothing_and_with_scores_ahead():
+    floats, indices, _, sizes = example("causal")
+    mask = jnp.ones(floats[1].shape[:2], bool)
+    expected = attend(mosaic_gpu, floats, indices, [], sizes)
+    for module, masks in ((mosaic_gpu, []), (mosaic_gpu, [mask]), (mosaic_gpu_ahead, [])):
+        actual = attend(module, floats, indices, masks, sizes)
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @interpreted_or_real
-def test_all_masked_is_zero_and_reads_nothing():
-    function, (q, k, v, log_weights), _ = example("one tile to a block")
-    floats = q, jnp.full_like(k, jnp.nan), jnp.full_like(v, jnp.nan)
-    out, vjp = jax.vjp(function, *floats, jnp.full_like(log_weights, -jnp.inf))
-    for array in (out, *vjp(jnp.ones_like(out))):
+@pytest.mark.parametrize("case", ["one tile to a block", "masked"])
+def test_what_is_absent_or_hidden_is_not_read(case):
+    (q, k, v, log_weights), indices, mask, sizes = example(case)
+    k, v = jnp.full_like(k, jnp.nan), jnp.full_like(v, jnp.nan)
+    if mask:
+        mask = [jnp.zeros_like(mask[0])]
+    else:
+        log_weights = jnp.full_like(log_weights, -jnp.inf)
+    floats = q, k, v, log_weights
+    out, gradients = attend(
+        mosaic_gpu, floats, indices, mask, sizes, jnp.ones_like(v[:, : q.shape[1]])
+    )
+    for array in (out, *gradients):
         np.testing.assert_array_equal(array, 0)
+
+
+@pytest.mark.parametrize("n, num_tiles", [(16, 40), (200, 7)])
+def test_lists_by_key_are_those_of_a_search(n, num_tiles):
+    """Also where a tile has no row, and where it has all."""
+    rng = np.random.default_rng(0)
+    tiles = np.minimum(rng.integers(0, num_tiles + 1, (2, n, 1)), rng.integers(0, num_tiles + 1))
+    present = rng.random(tiles.shape) < 0.8
+    operands = tiles.astype(np.int32), tiles.astype(np.float32), present
+    rows, weights, starts, counts = map(
+        np.asarray, jax.jit(mosaic_gpu._by_key, static_argnums=3)(*operands, num_tiles)
+    )
+    for b, tile in np.ndindex(2, num_tiles):
+        wanted = np.nonzero((tiles[b] == tile) & present[b])[0]
+        got = slice(starts[b, tile], starts[b, tile] + counts[b, tile])
+        np.testing.assert_array_equal(rows[b, got], wanted)
+        np.testing.assert_array_equal(weights[b, got], tile)
 
 
 @pytest.mark.parametrize(
@@ -137,13 +163,19 @@ def test_all_masked_is_zero_and_reads_nothing():
         ({"dtype": jnp.float32}, "it multiplies bfloat16, got float32"),
         ({"block": 32}, "it works in tiles of 64, got blocks of 32"),
         ({"d": 80}, "it serves heads of 64 or 128 features, got 80"),
+        ({"scale": 0.0}, "it takes a scale above 0, got 0.0"),
     ],
 )
 def test_says_what_it_lacks(changes, message):
-    dtype, block, d = ({"dtype": jnp.bfloat16, "block": 64, "d": 64} | changes).values()
+    sizes = {"dtype": jnp.bfloat16, "block": 64, "d": 64, "scale": 1.0} | changes
+    dtype, block, d, scale = sizes.values()
     x, log_weights = jnp.zeros((2 * block, d), dtype), jnp.zeros((2, 1), dtype)
-    indices = jnp.zeros((2, 1), jnp.int32)
+    attend = functools.partial(
+        kernels.block_attention,
+        block=block,
+        causal=True,
+        scale=scale,
+        implementation="mosaic_gpu",
+    )
     with pytest.raises(NotImplementedError, match=message):
-        kernels.block_attention(
-            x, x, x, indices, log_weights, block=block, causal=True, implementation="mosaic_gpu"
-        )
+        attend(x, x, x, jnp.zeros((2, 1), jnp.int32), log_weights)

@@ -4,7 +4,8 @@ All work is in tiles of 64 queries by 64 keys; a larger block is a square of til
 owns a row of tiles: it keeps its own operands and walks a list of the tiles that it meets, whose
 copies run ahead of the products. Forward and for dq it owns queries; for dk and dv, keys, with the
 entries sorted by key first. So nothing is scattered, and results do not vary from run to run.
-Absent entries are in no list and never fetched.
+Absent entries are in no list and never fetched. The lists are made by plain JAX, a few launches in
+all: how many, tests/test_aot_gpu.py counts.
 
 Products take bfloat16 operands and accumulate in float32. The softmax is float32, in base 2.
 
@@ -13,6 +14,7 @@ cannot choose that mode: its effects would follow the kernel to the GPU.
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -21,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..numerics import scaled
+from ..numerics import gather_rows, in_bounds, scaled, sum_all
 
 _TILE = 64
 _HEADS = (64, 128)
@@ -37,7 +39,7 @@ _COLS = plgpu.Layout.WGMMA.reduce(0)
 
 def lacks(_, q, k, v, *operands, block, causal, scale):
     """Why these operands cannot be served; empty where they can."""
-    del k, operands, causal, scale
+    del k, operands, causal
     device = jax.devices()[0]
     if device.platform == "gpu" and device.compute_capability != _CAPABILITY:
         return f"it needs compute capability {_CAPABILITY}, got {device.compute_capability}"
@@ -50,108 +52,168 @@ def lacks(_, q, k, v, *operands, block, causal, scale):
             return f"it serves heads of {_HEADS[0]} or {_HEADS[1]} features, got {head}"
     if isinstance(q.shape[0], int) and q.shape[0] > _MAX_BATCH:
         return f"its grid holds a batch of at most {_MAX_BATCH}, got {q.shape[0]}"
-    return ""
+    return "" if scale > 0 else f"it takes a scale above 0, got {scale}"
 
 
-def block_attention(q, k, v, block_indices, log_weights, *, block, causal, scale, interpret):
+def block_attention(q, k, v, block_indices, log_weights, *, interpret, **sizes):
     """Of one batch axis."""
     del interpret
-    q = scaled(q, scale)
+    return _attention(_forward_kernel, q, k, v, [], block_indices, log_weights, **sizes)
+
+
+def masked_block_attention(q, k, v, block_indices, log_weights, mask, *, interpret, **sizes):
+    """The same over the keys that `mask` bool [b,s] allows."""
+    del interpret
+    return _attention(_forward_kernel, q, *_hide(k, v, mask), block_indices, log_weights, **sizes)
+
+
+def block_attention_grad(q, k, v, block_indices, log_weights, *others, interpret, **sizes):
+    """Of one batch axis."""
+    del interpret
+    return _gradients(q, k, v, [], block_indices, log_weights, *others, **sizes)
+
+
+def masked_block_attention_grad(
+    q, k, v, block_indices, log_weights, mask, *others, interpret, **sizes
+):
+    """Of one batch axis."""
+    del interpret
+    return _gradients(q, *_hide(k, v, mask), block_indices, log_weights, *others, **sizes)
+
+
+def _hide(k, v, mask):
+    """Keys and values, zeros where hidden, and [what is added to logits: 0 or -inf, [b,s]]."""
+    k, v = (jnp.where(mask[..., None], x, 0) for x in (k, v))
+    return k, v, [jnp.where(mask, jnp.float32(0), -jnp.inf)]
+
+
+def _attention(kernel, q, k, v, hidden, block_indices, log_weights, *, block, causal, scale):
+    """The result, and the log-sum-exp of the logits of each query; `hidden` is of `_hide`."""
     entries = _entries(block_indices, log_weights, k.shape[1], block, causal)
-    (b, t, d), e = q.shape, v.shape[2]
+    (b, t, _), e = q.shape, v.shape[2]
     return _call(
-        functools.partial(_forward_kernel, causal=causal),
-        t // _TILE,
+        functools.partial(kernel, causal=causal),
         [((b, t, e), q.dtype), ((b, t), jnp.float32)],
-        (*_by_query(*entries)[0], q, k, v),
-        own=[(d, q.dtype)],
-        streamed=[(d, k.dtype), (e, v.dtype)],
+        _by_query(*entries),
+        own=[scaled(q, scale)],
+        streamed=[k, v, *hidden],
         scratch=[_matrix(_TILE, q.dtype), _vector()],
     )
 
 
-def block_attention_grad(
-    q, k, v, block_indices, log_weights, out, log_sum_exp, grad, *, block, causal, scale, interpret
+def _gradients(
+    q, k, v, hidden, block_indices, log_weights, out, log_sum_exp, grad, *, block, causal, scale
 ):
-    """Of one batch axis."""
-    del interpret
+    """Of q, k, v and log_weights."""
     q = scaled(q, scale)
-    tiles, weights, present = _entries(block_indices, log_weights, k.shape[1], block, causal)
-    (b, t, d), (_, s, e) = q.shape, v.shape
-    log_sum_exp = log_sum_exp * _LOG2E
-    mean_grad = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1)
-    operands = q, k, v, grad, log_sum_exp, mean_grad
-
-    by_query, order = _by_query(tiles, weights, present)
+    entries = _entries(block_indices, log_weights, k.shape[1], block, causal)
+    mean_grad, log_sum_exp, scaling = _vectors(out, grad, log_sum_exp, scale)
     dq, sums = _call(
         functools.partial(_dq_kernel, causal=causal),
-        t // _TILE,
-        [(q.shape, q.dtype), ((b, tiles[0].size, _TILE), jnp.float32)],
-        (*by_query, *operands),
-        own=[(d, q.dtype), (e, grad.dtype), None, None],
-        streamed=[(d, k.dtype), (e, v.dtype)],
+        [(q.shape, q.dtype), ((len(q), entries[0][0].size, _TILE), jnp.float32)],
+        _by_query(*entries),
+        own=[q, grad, scaling, mean_grad],
+        streamed=[k, v, *hidden],
         scratch=[_matrix(_TILE, q.dtype), _vector()],
     )
     dk, dv = _call(
         functools.partial(_dkv_kernel, causal=causal),
-        s // _TILE,
         [(k.shape, k.dtype), (v.shape, v.dtype)],
-        (*_by_key(tiles, weights, present, s // _TILE), *operands),
-        own=[(d, k.dtype), (e, v.dtype)],
-        streamed=[(d, q.dtype), (e, grad.dtype), None, None],
+        _by_key(*entries, k.shape[1] // _TILE),
+        own=[k, v, *hidden],
+        streamed=[q, grad, log_sum_exp, mean_grad],
         scratch=[_matrix(_TILE, q.dtype), _matrix(_TILE, q.dtype)],
     )
+    return dq, dk, dv, _sum_entries(sums / scale, entries[2], block_indices.shape[2])
 
-    _, sums = lax.sort((order, sums.sum(-1).reshape(tiles.shape)), num_keys=1)
-    sums = jnp.where(present, sums, 0)
-    side = block // _TILE
-    _, rows, p = block_indices.shape
-    return scaled(dq, scale), dk, dv, sums.reshape(b, rows, side, p, side).sum((2, 4))
+
+def _vectors(out, grad, log_sum_exp, scale):
+    """Three float32 [b,t] in one pass: grad . out, and in base 2 two log-sum-exps.
+
+    The softmax with the second of them is `scale` times that with the first, as the gradient of q
+    wants it.
+    """
+    products = out.astype(jnp.float32) * grad.astype(jnp.float32)
+    log_sum_exp = log_sum_exp * _LOG2E
+    alone = [(0, 0), (0, 0), (0, out.shape[2] - 1)]
+    others = (jnp.pad(x[..., None], alone) for x in (log_sum_exp, log_sum_exp - math.log2(scale)))
+    return [x[..., 0] for x in sum_all([products, *others], 2)]
 
 
 def _entries(block_indices, log_weights, num_keys, block, causal):
     """The entries of each row of tiles, [b,t/64,n] each: key tile, log2 weight, and if present."""
     side = block // _TILE
     log_weights = log_weights.astype(jnp.float32)
-    present = (block_indices >= 0) & (block_indices < num_keys // block)
-    present &= log_weights > -jnp.inf
-    first = jnp.where(present, block_indices, 0) * side
+    present = in_bounds(block_indices, num_keys // block) & (log_weights != -jnp.inf)
     b, rows, p = block_indices.shape
     square = (b, rows, side, p, side)
-    tiles = first[:, :, None, :, None] + jnp.arange(side, dtype=jnp.int32).reshape(1, 1, 1, 1, -1)
+    tiles = (block_indices * side)[..., None]
+    tiles += lax.broadcasted_iota(jnp.int32, (1, 1, 1, side), 3)
     tiles, weights, present = (
         jnp.broadcast_to(x, square).reshape(b, rows * side, p * side)
-        for x in (tiles, log_weights[:, :, None, :, None], present[:, :, None, :, None])
+        for x in (tiles[:, :, None], log_weights[:, :, None, :, None], present[:, :, None, :, None])
     )
     if causal:
-        present &= tiles <= jnp.arange(rows * side, dtype=jnp.int32)[None, :, None]
+        present &= tiles <= _rows(tiles)
     return tiles, weights * _LOG2E, present
 
 
-def _by_query(tiles, weights, present):
-    """The list of each row of tiles, present entries first, and where in the row each was.
+def _rows(entries):
+    """The row of tiles of each entry."""
+    return lax.broadcasted_iota(jnp.int32, entries.shape, 1)
 
-    A list is (tiles [b,n], weights [b,n], start of each row [b,t/64], length of each [b,t/64]).
+
+def _positions(present):
+    """Where each entry is in the list of its row: present ones last, in order; -1 for others."""
+    at_or_after = lax.cumsum(present.astype(jnp.int32), 2, reverse=True)
+    return jnp.where(present, present.shape[2] - at_or_after, -1)
+
+
+def _by_query(tiles, weights, present):
+    """The list of each row of tiles.
+
+    Lists are (tiles [b,n], weights [b,n], start of each row [b,t/64], length of each [b,t/64]).
     """
-    b, rows, n = tiles.shape
-    order = lax.broadcasted_iota(jnp.int32, tiles.shape, 2)
-    _, tiles, weights, order = lax.sort(
-        ((~present).astype(jnp.int32), tiles, weights, order), num_keys=1
-    )
-    starts = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32) * n, (b, rows))
-    counts = present.sum(-1, dtype=jnp.int32)
-    return (tiles.reshape(b, -1), weights.reshape(b, -1), starts, counts), order
+    ordered = lax.sort((_positions(present), tiles, weights), num_keys=1, is_stable=False)
+    tiles, weights = (x.reshape(len(x), -1) for x in ordered[1:])
+    # Before row i there are n entries of each of i rows: i for each of its own n.
+    starts = (_rows(present) + (~present).astype(jnp.int32)).sum(2)
+    return tiles, weights, starts, present.sum(2, dtype=jnp.int32)
+
+
+def _sum_entries(sums, present, p):
+    """Sums [b,rows n,64] over the tiles of the entries of `_by_query`, for each of p entries."""
+    b, rows, n = present.shape
+    index = jnp.where(present, _positions(present) + n * _rows(present), -1)
+    sums = jax.vmap(gather_rows)(sums, index)
+    side = n // p
+    return sums.reshape(b, rows // side, side, p, side, _TILE).sum((2, 4, 5))
 
 
 def _by_key(tiles, weights, present, num_tiles):
     """The list of each key tile: the rows of tiles that meet it, in order."""
-    b = tiles.shape[0]
-    rows = lax.broadcasted_iota(jnp.int32, tiles.shape, 1)
-    tiles = jnp.where(present, tiles, num_tiles)
-    tiles, rows, weights = lax.sort([x.reshape(b, -1) for x in (tiles, rows, weights)], num_keys=1)
-    edges = jnp.arange(num_tiles + 1, dtype=jnp.int32)
-    starts = jax.vmap(lambda x: jnp.searchsorted(x, edges))(tiles).astype(jnp.int32)
-    return rows, weights, starts[:, :-1], starts[:, 1:] - starts[:, :-1]
+    rows, tiles = jnp.where(present, _rows(tiles), 0), jnp.where(present, tiles, num_tiles)
+    entries = [x.reshape(len(x), -1) for x in (tiles, rows, weights)]
+    tiles, rows, weights = lax.sort(entries, num_keys=2, is_stable=False)
+    edges = lax.broadcasted_iota(jnp.int32, (1, num_tiles, 1), 1)
+    first, last = _below(tiles, edges), _below(tiles, edges + 1)
+    return rows, weights, first.sum(2), (last - first).sum(2)
+
+
+def _below(tiles, edges):
+    """int32 [b,j,~sqrt(n)], whose sum over the last axis is how many of sorted `tiles` [b,n] are
+    below each of `edges` [1,j,1].
+
+    Every sqrt(n)-th of the tiles tells where to look, and there all are compared: two launches,
+    where a binary search has one for each bit.
+    """
+    b, n = tiles.shape
+    size = math.isqrt(n) + 1
+    tiles = jnp.pad(tiles, [(0, 0), (0, size**2 - n)], constant_values=2**31 - 1)
+    blocks = tiles.reshape(b, size, size)
+    before = (blocks[:, None, :, -1] < edges).sum(2, dtype=jnp.int32)
+    below = jax.vmap(gather_rows)(blocks, before) < edges
+    return before[..., None] + below.astype(jnp.int32)
 
 
 def _matrix(width, dtype, *lead):
@@ -162,51 +224,60 @@ def _vector(*lead):
     return plgpu.SMEM((*lead, _TILE), jnp.float32)
 
 
-def _call(kernel, rows, outputs, operands, *, own, streamed, scratch):
-    """`kernel` for each row of tiles of each member of the batch.
+def _call(kernel, outputs, lists, *, own, streamed, scratch):
+    """kernel(outputs, own, stream, scratch) for each row of tiles of each of the batch.
 
-    `own` and `streamed` are buffers: (width, dtype) of a matrix, or None for a vector. The kernel
-    gets refs of operands and outputs, then those of the buffers and their barriers, and scratch.
+    The rows are those of the first of `outputs`, pairs of a shape and a dtype, and have `lists`.
+    `own` and `streamed` are arrays, matrices [b,t,width] or vectors [b,t]. The kernel gets buffers
+    of a tile of each of `own`, which is there; `stream` is what `_walk` takes of the others, with
+    _STAGES tiles of each.
     """
+    operands = [*lists, *own, *streamed]
+    lengths = [len(group) for group in (lists, own, streamed, outputs)]
 
-    def buffer(kind, *lead):
-        return _vector(*lead) if kind is None else _matrix(*kind, *lead)
+    def buffer(array, *lead):
+        return _vector(*lead) if array.ndim == 2 else _matrix(array.shape[2], array.dtype, *lead)
 
+    def run(*refs):
+        refs = iter(refs)
+        groups = [list(itertools.islice(refs, length)) for length in lengths]
+        list_refs, own_refs, streamed_refs, output_refs = groups
+        own_smem, own_barrier, streamed_smem, barriers, scratch = refs
+        for ref, smem in zip(own_refs, own_smem, strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[_own()], smem, own_barrier)
+        plgpu.barrier_wait(own_barrier)
+        stream = list_refs, streamed_refs, streamed_smem, barriers
+        kernel(output_refs, own_smem, stream, scratch)
+
+    run.__name__ = kernel.func.__name__.strip("_")
     varying = jax.typeof(operands[0]).manual_axis_type
+    (b, length, *_), _ = outputs[0]
     return plgpu.kernel(
-        kernel,
+        run,
         out_type=tuple(jax.ShapeDtypeStruct(*out, manual_axis_type=varying) for out in outputs),
         scratch_types=[
-            [buffer(kind) for kind in own],
+            [buffer(array) for array in own],
             plgpu.Barrier(num_arrivals=len(own)),
-            [buffer(kind, _STAGES) for kind in streamed],
+            [buffer(array, _STAGES) for array in streamed],
             [plgpu.Barrier(num_barriers=_STAGES) for _ in streamed],
             scratch,
         ],
-        grid=(rows, operands[0].shape[0]),
+        grid=(length // _TILE, b),
         grid_names=("row", "batch"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands)
-
-
-def _load_own(refs, buffers, barrier):
-    """Copies the rows of this program from arrays [b,t,...] into its own buffers."""
-    for ref, buffer in zip(refs, buffers, strict=True):
-        plgpu.copy_gmem_to_smem(ref.at[_own()], buffer, barrier)
-    plgpu.barrier_wait(barrier)
 
 
 def _own():
     return lax.axis_index("batch"), pl.ds(lax.axis_index("row") * _TILE, _TILE)
 
 
-def _walk(entries, refs, buffers, barriers, step, carry):
-    """Folds `step` over the list of this program.
+def _fetch_first(lists, refs, buffers, barriers):
+    """Starts the copies of the first _STAGES entries of the list of this program.
 
-    step(carry, n, tile, weight, waits): entry n of all. waits[i]() is the i-th of `refs` at its
-    tile, in shared memory, as soon as it has arrived.
+    Returns where it starts, its length, and what starts those of its entry n: fetch(n).
     """
-    tiles_ref, weights_ref, starts_ref, counts_ref = entries
+    tiles_ref, _, starts_ref, counts_ref = lists
     batch, row = lax.axis_index("batch"), lax.axis_index("row")
     start, count = starts_ref[batch, row], counts_ref[batch, row]
 
@@ -216,12 +287,23 @@ def _walk(entries, refs, buffers, barriers, step, carry):
         for ref, buffer, barrier in zip(refs, buffers, barriers, strict=True):
             plgpu.copy_gmem_to_smem(ref.at[batch, rows], buffer.at[slot], barrier.at[slot])
 
+    for n in range(_STAGES):
+        pl.when(n < count)(functools.partial(fetch, jnp.int32(n)))
+    return start, count, fetch
+
+
+def _walk(lists, refs, buffers, barriers, step, carry):
+    """Folds `step` over the list of this program.
+
+    step(carry, n, tile, weight, waits): entry n of all. waits[i]() is the i-th of `refs` at its
+    tile, in shared memory, as soon as it has arrived.
+    """
+    start, count, fetch = _fetch_first(lists, refs, buffers, barriers)
+    (tiles_ref, weights_ref, _, _), batch = lists, lax.axis_index("batch")
+
     def wait(buffer, barrier, slot):
         plgpu.barrier_wait(barrier.at[slot])
         return buffer.at[slot]
-
-    for n in range(_STAGES):
-        pl.when(n < count)(functools.partial(fetch, jnp.int32(n)))
 
     def body(n, carry):
         slot = lax.rem(n, jnp.int32(_STAGES))
@@ -251,13 +333,24 @@ def _transposed(ref):
     return ref.transpose((1, 0))
 
 
+def _masked(logits, hidden, layout, axis):
+    """`logits`, -inf for hidden keys along an axis: `hidden` is a list of one vector, or none."""
+    for vector in hidden:
+        added = plgpu.layout_cast(vector[...], layout)
+        logits = logits + lax.broadcast_in_dim(added, logits.shape, [axis])
+    return logits
+
+
 def _causal(logits, query_tile, key_tile, query_axis):
-    """`logits`, -inf where the key comes after the query."""
-    iota = functools.partial(
-        plgpu.broadcasted_iota, jnp.int32, logits.shape, layout=plgpu.Layout.WGMMA
-    )
-    query, key = iota(query_axis), iota(1 - query_axis)
-    return jnp.where(query + (query_tile - key_tile) * _TILE >= key, logits, -jnp.inf)
+    """`logits`, -inf where the key comes after the query: never, but in a tile on the diagonal."""
+
+    def lower_triangle(logits):
+        iota = functools.partial(
+            plgpu.broadcasted_iota, jnp.int32, logits.shape, layout=plgpu.Layout.WGMMA
+        )
+        return jnp.where(iota(query_axis) >= iota(1 - query_axis), logits, -jnp.inf)
+
+    return lax.cond(query_tile == key_tile, lower_triangle, lambda logits: logits, logits)
 
 
 def _full(shape, value, layout):
@@ -271,53 +364,67 @@ def _store(ref, buffer, value, index):
     plgpu.copy_smem_to_gmem(buffer, ref.at[index])
 
 
-def _forward_kernel(*refs, causal):
-    *entries, q_ref, k_ref, v_ref, out_ref, log_sum_exp_ref = refs[:9]
-    own, own_barrier, streamed, barriers, (weights_smem, vector_smem) = refs[9:]
-    _load_own([q_ref], own, own_barrier)
-    (q,), row = own, lax.axis_index("row")
+def _forward_kernel(outputs, own, stream, scratch, *, causal):
+    (out_ref, _), (q,), (weights_smem, _) = outputs, own, scratch
+    row = lax.axis_index("row")
 
-    def step(carry, _, tile, weight, waits):
-        top, total, out = carry
-        keys, values = waits
+    def step(state, _, tile, weight, waits):
+        keys, values, *hidden = waits
         logits = _product(q, _transposed(keys())) * _LOG2E + weight
+        logits = _masked(logits, [wait() for wait in hidden], _COLS, 1)
         if causal:
             logits = _causal(logits, row, tile, 0)
-        higher = jnp.maximum(top, logits.max(axis=1))
-        decay = jnp.exp2(top - higher)
-        weights = jnp.exp2(logits - lax.broadcast_in_dim(higher, logits.shape, [0]))
-        total = total * decay + weights.sum(axis=1)
-        weights_smem[...] = weights.astype(weights_smem.dtype)
-        plgpu.commit_smem()
-        out = out * lax.broadcast_in_dim(decay, out.shape, [0]) + _product(weights_smem, values())
-        return higher, total, out
+        return _add_tile(state, logits, weights_smem, values, masked=bool(hidden))
 
-    carry = (
+    state = _walk(*stream, step, _first_state(out_ref))
+    _store_forward(outputs, stream, scratch, state)
+
+
+def _first_state(out_ref):
+    """Top and sum of the weights of each query, and of the values, before any key."""
+    return (
         _full((_TILE,), -jnp.inf, _ROWS),
         _full((_TILE,), 0, _ROWS),
-        _full((_TILE, v_ref.shape[2]), 0, plgpu.Layout.WGMMA),
+        _full((_TILE, out_ref.shape[2]), 0, plgpu.Layout.WGMMA),
     )
-    top, total, out = _walk(entries, [k_ref, v_ref], streamed, barriers, step, carry)
+
+
+def _add_tile(state, logits, weights_smem, wait_for_values, *, masked=False):
+    """The state with the keys of one more tile."""
+    top, total, out = state
+    higher = jnp.maximum(top, logits.max(axis=1))
+    # Of what is not masked, each query sees at least one key of every tile that it meets.
+    shift = jnp.where(higher > -jnp.inf, higher, 0.0) if masked else higher
+    decay = jnp.exp2(top - shift)
+    weights = jnp.exp2(logits - lax.broadcast_in_dim(shift, logits.shape, [0]))
+    total = total * decay + weights.sum(axis=1)
+    weights_smem[...] = weights.astype(weights_smem.dtype)
+    plgpu.commit_smem()
+    out = out * lax.broadcast_in_dim(decay, out.shape, [0])
+    return higher, total, out + _product(weights_smem, wait_for_values())
+
+
+def _store_forward(outputs, stream, scratch, state):
+    (out_ref, log_sum_exp_ref), (_, vector_smem) = outputs, scratch
+    top, total, out = state
     total = jnp.maximum(total, 1.0)
     out = out / lax.broadcast_in_dim(total, out.shape, [0])
     log_sum_exp = jnp.where(top > -jnp.inf, top, 0.0) / _LOG2E + jnp.log(total)
-    _store(out_ref, streamed[1].at[0], out, _own())
+    _store(out_ref, stream[2][1].at[0], out, _own())
     _store(log_sum_exp_ref, vector_smem, log_sum_exp, _own())
     plgpu.wait_smem_to_gmem(0)
 
 
-def _dq_kernel(*refs, causal):
-    *entries, q_ref, k_ref, v_ref, grad_ref, log_sum_exp_ref, mean_grad_ref = refs[:10]
-    dq_ref, sums_ref, own, own_barrier, streamed, barriers, (dlogits_smem, sums_smem) = refs[10:]
-    _load_own([q_ref, grad_ref, log_sum_exp_ref, mean_grad_ref], own, own_barrier)
-    q, grad, *vectors = own
+def _dq_kernel(outputs, own, stream, scratch, *, causal):
+    (dq_ref, sums_ref), (q, grad, *vectors), (dlogits_smem, sums_smem) = outputs, own, scratch
     log_sum_exp, mean_grad = (plgpu.layout_cast(x[...], _ROWS) for x in vectors)
     batch, row = lax.axis_index("batch"), lax.axis_index("row")
 
     def run(dq):
         def step(carry, entry, tile, weight, waits):
-            keys, values = (wait() for wait in waits)
+            keys, values, *hidden = (wait() for wait in waits)
             logits = _product(q, _transposed(keys)) * _LOG2E + weight
+            logits = _masked(logits, hidden, _COLS, 1)
             if causal:
                 logits = _causal(logits, row, tile, 0)
             weights = jnp.exp2(logits - lax.broadcast_in_dim(log_sum_exp, logits.shape, [0]))
@@ -330,26 +437,24 @@ def _dq_kernel(*refs, causal):
             plgpu.wgmma_wait(0)
             return carry
 
-        _walk(entries, [k_ref, v_ref], streamed, barriers, step, jnp.int32(0))
+        _walk(*stream, step, jnp.int32(0))
         return dq[...]
 
-    dq = pl.run_scoped(run, plgpu.ACC((_TILE, q_ref.shape[2]), jnp.float32))
+    dq = pl.run_scoped(run, plgpu.ACC((_TILE, dq_ref.shape[2]), jnp.float32))
     _store(dq_ref, q, dq, _own())
     plgpu.wait_smem_to_gmem(0)
 
 
-def _dkv_kernel(*refs, causal):
-    *entries, q_ref, k_ref, v_ref, grad_ref, log_sum_exp_ref, mean_grad_ref = refs[:10]
-    dk_ref, dv_ref, own, own_barrier, streamed, barriers, scratch = refs[10:]
-    weights_smem, dlogits_smem = scratch
-    _load_own([k_ref, v_ref], own, own_barrier)
-    (k, v), row = own, lax.axis_index("row")
+def _dkv_kernel(outputs, own, stream, scratch, *, causal):
+    (k, v, *hidden), (weights_smem, dlogits_smem) = own, scratch
+    row = lax.axis_index("row")
 
     def run(dk, dv):
         def step(carry, _, tile, weight, waits):
             queries, grad, *vectors = (wait() for wait in waits)
             log_sum_exp, mean_grad = (plgpu.layout_cast(x[...], _COLS) for x in vectors)
             logits = _product(k, _transposed(queries)) * _LOG2E + weight
+            logits = _masked(logits, hidden, _ROWS, 0)
             if causal:
                 logits = _causal(logits, tile, row, 1)
             weights = jnp.exp2(logits - lax.broadcast_in_dim(log_sum_exp, logits.shape, [1]))
@@ -363,13 +468,10 @@ def _dkv_kernel(*refs, causal):
             plgpu.wgmma_wait(0)
             return carry
 
-        refs = [q_ref, grad_ref, log_sum_exp_ref, mean_grad_ref]
-        _walk(entries, refs, streamed, barriers, step, jnp.int32(0))
+        _walk(*stream, step, jnp.int32(0))
         return dk[...], dv[...]
 
-    dk, dv = pl.run_scoped(
-        run, *(plgpu.ACC((_TILE, ref.shape[2]), jnp.float32) for ref in (k_ref, v_ref))
-    )
-    _store(dk_ref, k, dk, _own())
-    _store(dv_ref, v, dv, _own())
+    grads = pl.run_scoped(run, *(plgpu.ACC((_TILE, ref.shape[2]), jnp.float32) for ref in outputs))
+    for ref, buffer, grad in zip(outputs, (k, v), grads, strict=True):
+        _store(ref, buffer, grad, _own())
     plgpu.wait_smem_to_gmem(0)
