@@ -16,6 +16,8 @@ import numpy as np
 from sklearn import datasets
 
 Name = Literal["digits", "mnist", "fashion_mnist", "kmnist", "svhn_cropped"]
+# Those that are read from, or kept in, a folder that the user names.
+WITH_FOLDER = tuple(name for name in typing.get_args(Name) if name != "digits")
 
 _GZIP_MAGIC = b"\x1f\x8b"
 # Asked before a download, which would otherwise try again for minutes.

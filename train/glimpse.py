@@ -30,7 +30,7 @@ from hyperlayer_jax.nn import (
     SpatialTransformer,
     reinforce_loss,
 )
-from train import data, figures, launcher, loop
+from train import data, devices, figures, launcher, loop, runs
 from train.clutter import clutter
 
 _NUM_CLASSES = 10
@@ -39,6 +39,7 @@ _NUM_EVALUATIONS = 20
 _MIN_CANVASES = 5000
 _CANVASES_AT_ONCE = 1000
 _NUM_SHOWN = 5
+_DRAWN = ("patches", "means", "sigmas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,10 @@ class Config(launcher.Config):
     min_sigma: float = launcher.flag(0.0, "Smallest sigma, in pixels.", minimum=0.0)
     coarseness: int = launcher.flag(2, "Pixels averaged along each axis to decide.", minimum=1)
     dataset: data.Name = launcher.flag("digits", "Images to classify.")
-    data_dir: str | None = launcher.flag(None, "Folder of a data set that is not bundled.")
+    data_dir: str | None = launcher.flag(
+        None, "Folder of a data set that is not bundled.", only={"dataset": data.WITH_FOLDER},
+        fixed=False,
+    )  # fmt: skip
     digit_size: int = launcher.flag(14, "Rows and columns that digits are resized to.", minimum=1)
     canvas: int = launcher.flag(32, "Rows and columns of a canvas.", minimum=1)
     num_patches: int = launcher.flag(3, "Pieces of other digits on a canvas.", minimum=0)
@@ -231,7 +235,8 @@ def loss_fn(config: Config, model: nnx.Module, key: jax.Array, step: jax.Array, 
     del step
     digit_key, canvas_key = jax.random.split(key)
     chosen = jax.random.randint(digit_key, (config.batch_size,), 0, len(split.labels))
-    logits, glimpses = model(draw_canvases(config, canvas_key, split, chosen, config.augment))
+    images = draw_canvases(config, canvas_key, split, chosen, config.augment)
+    logits, glimpses = model(devices.shard(images))
     labels = split.labels[chosen]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     right = (logits.argmax(-1) == labels).astype(jnp.float32)
@@ -299,44 +304,67 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         for split in (dataset.train, dataset.validation, dataset.test)
     )
     key, validation_key, shown_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
-    shown = np.arange(min(_NUM_SHOWN, len(validation.labels)), dtype=np.int32)
-    shown = draw_canvases(config, shown_key, validation, shown)
-    figure = Figure(
-        figsize=(1.5 * (1 + config.glimpses), 1.5 * len(shown)), dpi=80, layout="constrained"
-    )
-    frames = []
     evaluate_every = math.ceil(config.steps / _NUM_EVALUATIONS)
 
+    @functools.cache
+    def shown():
+        chosen = np.arange(min(_NUM_SHOWN, len(validation.labels)), dtype=np.int32)
+        return draw_canvases(config, shown_key, validation, chosen)
+
     def evaluate(model, step):
-        _, glimpses = _predict(*nnx.split(model), shown)
-        if glimpses is not None:
-            frames.append((figure, shown, jax.device_get(glimpses), f"step {step}"))
-            if step in (0, _NUM_EVALUATIONS // 2 * evaluate_every, config.steps):
-                draw_glimpses(*frames[-1])
-                figures.save_png(figure, workdir / f"glimpses-{step}.png")
+        del step
+        _, glimpses = _predict(*nnx.split(model), shown())
+        arrays = {} if glimpses is None else {name: getattr(glimpses, name) for name in _DRAWN}
         error, _ = error_rate(config, model, validation_key, validation)
-        return {"validation_error": error}
+        return {"validation_error": error, **arrays}
 
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(500, config.steps // 10), config.steps
     )
-    model, result = loop.train(
-        make_model(config, train.images.shape[-1]),
+    channels = train.images.shape[-1]
+    trained = loop.train(
+        loop.build(make_model, config, channels),
         optax.adam(schedule),
         functools.partial(loss_fn, config),
         train,
+        config=config,
         key=key,
         steps=config.steps,
         workdir=workdir,
+        inputs=(channels,),
+        batch_size=config.batch_size,
         average=config.average,
         evaluate=evaluate,
         evaluate_every=evaluate_every,
+        best=lambda validation: -validation["validation_error"],
     )
-    if frames:
-        draw = lambda frame: draw_glimpses(*frame)  # noqa: E731
-        figures.save_gif(figure, draw, frames, workdir / "glimpses.gif", frames_per_second=4)
-    error, count = error_rate(config, model, test_key, test)
-    return {"error": error, **result, "test_examples": count}
+    error, count = error_rate(config, trained.model, test_key, test)
+    print(f"error on {count} canvases of test images: {error:.4f}")
+
+    def draw():
+        if config.model != "conv":
+            draw_history(config, trained.history, shown(), workdir)
+
+    return runs.report(workdir, {"error": error, **trained.figures, "test_examples": count}, draw)
+
+
+def draw_history(
+    config: Config, history: dict[int, dict[str, Any]], shown: jax.Array, workdir: pathlib.Path
+) -> None:
+    """Draws glimpses of canvases `shown` by step: three steps as images, and all as `.gif`."""
+    figure = Figure(
+        figsize=(1.5 * (1 + config.glimpses), 1.5 * len(shown)), dpi=80, layout="constrained"
+    )
+    steps = sorted(history)
+
+    def draw(step):
+        glimpses = Glimpses(*(history[step][name] for name in _DRAWN))
+        draw_glimpses(figure, shown, glimpses, f"step {step}")
+
+    for step in {steps[0], steps[len(steps) // 2], steps[-1]}:
+        draw(step)
+        figures.save_png(figure, workdir / f"glimpses-{step}.png")
+    figures.save_gif(figure, draw, steps, workdir / "glimpses.gif", frames_per_second=4)
 
 
 def _resize(split: data.Split, size: int) -> data.Split:

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from hyperlayer_jax import todense
 from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM, generate, shorten_steps
-from train import figures, launcher, loop, text
+from train import devices, figures, launcher, loop, runs, text
 
 _DEFAULTS = {
     "text": {
@@ -235,13 +235,12 @@ def draw_patterns(model: TransformerLM, tokens: np.ndarray) -> Figure | None:
     return figure
 
 
-def _save_patterns(model: TransformerLM, tokens: np.ndarray, path: pathlib.Path) -> list[str]:
-    """Writes the picture of tokens int32 [T]; the names of what was written: one, or none."""
+def _save_patterns(model: TransformerLM, tokens: np.ndarray, path: pathlib.Path) -> None:
+    """Writes the picture of tokens int32 [T], if there is one."""
     picture = draw_patterns(model, tokens[:_TOKENS_DRAWN])
-    if picture is None:
-        return []
-    figures.save_png(picture, path)
-    return [str(path)]
+    if picture is not None:
+        figures.save_png(picture, path)
+        print(f"picture: {path}")
 
 
 def _squares(weights):
@@ -275,45 +274,54 @@ def train_on_text(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     text.windows(corpus.train, config.length, 1)
     size = sum(len(part) for part in corpus[:3])
     print(f"{config.corpus}: {size} bytes, sha256 {corpus.sha256}", flush=True)
-    pictures = []
 
     def loss_fn(model, key, step, fit):
         del step
         starts = jax.random.randint(key, (config.batch_size,), 0, len(fit) - config.length)
         within = jnp.arange(config.length + 1, dtype=jnp.int32)
-        loss = token_loss(model, fit[starts[:, None] + within[None]])
+        loss = token_loss(model, devices.shard(fit[starts[:, None] + within[None]]))
         return loss, {"bits_per_byte": loss / math.log(2)}
 
     def evaluate(model, step):
-        if step in (0, config.steps):
-            tokens = validation[0, :-1].astype(np.int32)
-            pictures.extend(_save_patterns(model, tokens, workdir / f"attention-{step}.png"))
+        if step == 0:
+            save_patterns(model, step)
         return {"validation_bits_per_byte": bits_per_byte(model, validation)}
 
-    model = make_model(config)
-    model, run = loop.train(
+    def save_patterns(model, step):
+        tokens = validation[0, :-1].astype(np.int32)
+        _save_patterns(model, tokens, workdir / f"attention-{step}.png")
+
+    model = loop.build(make_model, config)
+    trained = loop.train(
         model,
         make_optimizer(config, model),
         loss_fn,
         corpus.train,
+        config=config,
         key=jax.random.key(config.seed),
         steps=config.steps,
         workdir=workdir,
+        batch_size=config.batch_size,
         evaluate=evaluate,
         evaluate_every=math.ceil(config.steps / _NUM_EVALUATIONS),
+        best=lambda validation: -validation["validation_bits_per_byte"],
     )
+    model = trained.model
     result = {"bits_per_byte": bits_per_byte(model, test), **text.count_bits(corpus.train, test)}
     prompts = test[:_SAMPLES, : min(_PROMPT, config.length // 2)]
     continued = _continue(model, jax.random.key(config.seed), prompts, config)
-    (workdir / "continued.txt").write_text(continued + "\n", encoding="utf-8")
     print(continued)
     print(f"bits per byte of {test[:, 1:].size} bytes of held-out text:")
     for name, figure in (("this model", "bits_per_byte"), ("bigrams", "bigram")):
         print(f"  {name:12}  {result[figure]:.4f}")
     print(f"  {'unigrams':12}  {result['unigram']:.4f}")
-    if pictures:
-        print(f"pictures: {', '.join(pictures)}")
-    return {**result, **run, "test_examples": len(test), "sha256": corpus.sha256}
+
+    def draw():
+        (workdir / "continued.txt").write_text(continued + "\n", encoding="utf-8")
+        save_patterns(model, trained.figures["steps"])
+
+    figures = {**result, **trained.figures, "test_examples": len(test), "sha256": corpus.sha256}
+    return runs.report(workdir, figures, draw)
 
 
 def when_solved(losses: dict[int, float]) -> tuple[int | None, float | None]:
@@ -343,7 +351,7 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
     def mean_loss(model, key):
         shape = (config.batch_size, config.length)
-        tokens = jax.random.randint(key, shape, 0, _NUM_TOKENS, jnp.int32)
+        tokens = devices.shard(jax.random.randint(key, shape, 0, _NUM_TOKENS, jnp.int32))
         logits, target = model(tokens)[:, config.offset :], tokens[:, : -config.offset]
         return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
 
@@ -351,7 +359,7 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         del step, data
         return mean_loss(model, key), {}
 
-    model = make_model(config)
+    model = loop.build(make_model, config)
     graphdef = nnx.split(model)[0]
 
     @jax.jit
@@ -359,35 +367,37 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         sampled = nnx.merge(graphdef, state, copy=True)
         return mean_loss(sampled, key), mean_loss(nnx.view(sampled, deterministic=True), key)
 
-    history = {}
-
     def evaluate(model, step):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
         sampled, exact = losses(nnx.split(model)[1], key)
-        history[step] = float(sampled), float(exact)
         return {"sampled_loss": sampled, "evaluation_loss": exact}
 
-    model, run = loop.train(
+    trained = loop.train(
         model,
         make_optimizer(config, model),
         loss_fn,
         (),
+        config=config,
         key=jax.random.key(config.seed),
         steps=config.steps,
         workdir=workdir,
+        batch_size=config.batch_size,
         evaluate=evaluate,
         evaluate_every=_OFFSET_INTERVAL,
         average=_OFFSET_AVERAGE,
     )
-    solved_at, steady = when_solved({step: sampled for step, (sampled, _) in history.items()})
-    loss = history[config.steps][1]
+    history = trained.history
+    solved_at, steady = when_solved({step: float(x["sampled_loss"]) for step, x in history.items()})
+    loss = float(history[max(history)]["evaluation_loss"])
     print(f"offset {config.offset}: solved at step {solved_at}, steady {steady}, loss {loss:.2g}")
     tokens = np.zeros(config.length, np.int32)
-    for picture in _save_patterns(model, tokens, workdir / "attention.png"):
-        print(f"picture: {picture}")
     count = config.batch_size * (config.length - config.offset)
-    result = {"solved_at": solved_at, "steady": steady, **run, "loss": loss}
-    return {**result, "test_examples": count}
+    result = {"solved_at": solved_at, "steady": steady, **trained.figures, "loss": loss}
+    return runs.report(
+        workdir,
+        {**result, "test_examples": count},
+        lambda: _save_patterns(trained.model, tokens, workdir / "attention.png"),
+    )
 
 
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
