@@ -6,7 +6,7 @@ from train import identity
 
 
 def test_trains_evaluates_and_leaves_its_files(tmp_path):
-    result = identity.train_and_evaluate(identity.Config(size=5, steps=3), tmp_path)
+    result = identity.train_and_evaluate(identity.Config(size=5, steps=3, mesh="data:1"), tmp_path)
     assert {"mse", "loss", "compile_seconds", "train_seconds"} <= set(result)
     assert result["steps"] == 3 and result["test_examples"] == 1000
     assert (tmp_path / "tuples.png").read_bytes().startswith(b"\x89PNG")
@@ -18,7 +18,9 @@ def test_trains_evaluates_and_leaves_its_files(tmp_path):
 @pytest.mark.parametrize("size", [1, 8])
 def test_learns_the_identity_exactly(tmp_path, size, monkeypatch):
     monkeypatch.setattr(identity, "_FRAMES", 5)
-    result = identity.train_and_evaluate(identity.Config(size=size, steps=500), tmp_path)
+    result = identity.train_and_evaluate(
+        identity.Config(size=size, steps=500, mesh="data:1"), tmp_path
+    )
     assert result["mse"] == 0
 
 

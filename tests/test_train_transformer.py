@@ -57,7 +57,8 @@ def test_trains_evaluates_and_leaves_its_files(tmp_path, corpus, options):
 
 @pytest.mark.slow
 def test_finds_an_offset_that_it_is_not_told(tmp_path):
-    config = transformer.Config(task="offset", offset=6, length=16, num_global=4, steps=800)
+    options = {"offset": 6, "length": 16, "num_global": 4, "steps": 800, "mesh": "data:1"}
+    config = transformer.Config(task="offset", **options)
     result = transformer.train_and_evaluate(config, tmp_path)
     assert result["solved_at"] < 800 and result["steady"] == 1
     assert result["loss"] < 0.001

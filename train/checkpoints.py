@@ -1,16 +1,20 @@
 """Checkpoints of a run: written whole or not at all, checked when they are read."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import pathlib
 import shutil
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.experimental import multihost_utils
 
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
@@ -46,10 +50,16 @@ class Checkpoints:
         self._keep, self._read_only = keep, read_only
         if not read_only:
             remove_temporary(self.folder)
-        self._manager = ocp.CheckpointManager(
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self.folder,
             item_handlers=ocp.StandardCheckpointHandler(),
-            options=ocp.CheckpointManagerOptions(create=not read_only, preservation_policy=self),
+            # Lightweight: what is damaged is found when it is read, not here.
+            options=ocp.CheckpointManagerOptions(
+                create=not self._read_only, preservation_policy=self, lightweight_initialize=True
+            ),
         )
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
@@ -60,7 +70,6 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, the newest first."""
-        self._manager.reload()
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(self, step: int, tree: Any, info: dict[str, Any]) -> None:
@@ -111,8 +120,9 @@ class Checkpoints:
         damaged = []
         for number in wanted:
             try:
-                tree, info = self._read(number, template)
-            except Exception as error:
+                with _quiet():
+                    tree, info = self._read(number, template)
+            except Exception as error:  # Orbax and TensorStore raise what they like.
                 damaged.append(number)
                 message = f"the checkpoint {self.folder / str(number)} is damaged"
                 print(f"{message}: {_one_line(error)}", file=sys.stderr, flush=True)
@@ -159,7 +169,8 @@ class Checkpoints:
                 (self.folder / str(step)).rename(aside / str(step))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
-        self._manager.reload()
+        self._manager.close()
+        self._manager = self._open()
 
 
 def save_tree(path: pathlib.Path, tree: Any) -> None:
@@ -188,7 +199,7 @@ def load_tree(path: pathlib.Path, template: Any) -> Any:
       CheckpointError: it is damaged, or of another structure.
     """
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
             info = checkpointer.metadata(path.absolute()).custom_metadata
             read = functools.partial(checkpointer.restore, path.absolute())
             return rebuild(template, _checked(read, info, _named(template))[0])
@@ -212,6 +223,23 @@ def names_of(tree: Any) -> list[str]:
 def _named(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by name, PRNG keys as the integers that they are."""
     return dict(zip(names_of(tree), map(_plain, jax.tree.leaves(tree)), strict=True))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, Orbax logs nothing, and errors in threads that it leaves behind are not printed."""
+    verbosity, hook = logging.get_verbosity(), sys.unraisablehook
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    except Exception:
+        # Reads of other arrays go on for a moment, and then find nobody to tell.
+        time.sleep(0.2)
+        raise
+    finally:
+        logging.set_verbosity(verbosity)
+        sys.unraisablehook = hook
 
 
 def is_key(leaf: Any) -> bool:
@@ -268,4 +296,4 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    return text if len(text) <= 200 else f"{text[:200]}..."
