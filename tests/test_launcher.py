@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from line_task import Config, train_and_evaluate
 
-from train import launcher, runs
+from train import launcher, process, runs
 from train.checkpoints import Checkpoints
 
 TESTS = pathlib.Path(__file__).parent
@@ -79,21 +79,6 @@ def test_help_tells_usage_and_every_flag(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_keeps_what_was_learned(tmp_path):
-    process = start(tmp_path, "--steps=100000000", "--workdir=run")
-    wait_for_rows(process, tmp_path / "run", 1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    step = [json.loads(line) for line in metrics.read_text().splitlines()][-1]["step"]
-    assert f"interrupted after step {step} of" in err.splitlines()[-1]
-    model, config = runs.load_run(tmp_path / "run")
-    assert config.steps == 100000000 and np.isfinite(model.kernel[...]).all()
-    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
-
-
 def test_ctrl_c_while_it_begins_leaves_nothing(tmp_path):
     process = start(tmp_path, "--workdir=run", task="train.identity")
     time.sleep(0.5)
@@ -103,20 +88,25 @@ def test_ctrl_c_while_it_begins_leaves_nothing(tmp_path):
     assert "Traceback" not in err and not (tmp_path / "run").exists()
 
 
-def test_a_run_that_is_killed_and_terminated_ends_as_if_it_had_not_been(tmp_path):
+def test_a_run_that_is_killed_and_interrupted_ends_as_if_it_had_not_been(tmp_path):
     """Also with standard error closed, and standard output to a pipe that nobody reads."""
     arguments = ("--steps=3000", "--checkpoint_every=100")
     command = [sys.executable, "-m", "line_task", *arguments, "--workdir=whole"]
     shell = f"{shlex.join(command)} 2>&- | head -n 1"
     whole = start(tmp_path, command=["bash", "-c", f"set -o pipefail; {shell}"])
     run = tmp_path / "run"
-    for signum, rows in ((signal.SIGKILL, 8), (signal.SIGTERM, 20)):
+    for signum, rows in ((signal.SIGKILL, 8), (signal.SIGINT, 20)):
         process = start(tmp_path, *arguments, "--workdir=run")
         wait_for_rows(process, run, rows)
         process.send_signal(signum)
         _, err = process.communicate(timeout=60)
-        assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGTERM), err
-    assert "interrupted after step" in err.splitlines()[-1]
+        assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGINT), err
+        assert "Traceback" not in err
+    step = [json.loads(line) for line in (run / "metrics.jsonl").open()][-1]["step"]
+    assert f"interrupted after step {step} of 3000, which is saved" in err.splitlines()[-1]
+    assert (run / "checkpoints" / str(step)).is_dir()
+    model, config = runs.load_run(run)
+    assert config.steps == 3000 and np.isfinite(model.kernel[...]).all()
     out, err = (process := start(tmp_path, "--workdir=run")).communicate(timeout=60)
     assert process.returncode == 0 and out.startswith("continuing run from step"), err
     assert whole.communicate(timeout=60)[0] == "writing to whole\n" and whole.returncode == 0
@@ -261,7 +251,7 @@ def test_pictures_that_cannot_be_written_leave_the_figures(monkeypatch, capsys, 
 def test_a_full_disk_names_the_model_there_is(tmp_path):
     """A limit on the size of files stands for it: that of metrics is the first to be reached."""
     limited = "ulimit -f 8; exec " + shlex.join([sys.executable, "-m", "line_task"])
-    options = "--steps=100000 --checkpoint_every=50 --workdir=run"
+    options = "--steps=100000 --checkpoint_every=1000 --workdir=run"
     process = start(tmp_path, command=["bash", "-c", f"{limited} {options}"])
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
@@ -275,10 +265,20 @@ def test_a_full_disk_names_the_model_there_is(tmp_path):
     assert runs.load_run(tmp_path / "run")[1].steps == 100000
 
 
+@pytest.mark.parametrize("signum", process.SIGNALS)
+def test_the_first_signal_waits_for_the_steps_under_way_of_a_launched_run(signum):
+    before = signal.getsignal(signum)
+    with runs.session(), process.deferred_signals() as signals:
+        os.kill(os.getpid(), signum)
+        assert signals == [signum] and signal.getsignal(signum) == before
+    with process.deferred_signals():
+        assert signal.getsignal(signum) == before
+
+
 def test_streams_that_fail_end_nothing(monkeypatch):
-    # Never closed: that would fail, too.
+    # It is never closed: that would fail, too.
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
-    launcher._outlive_streams()
+    process.outlive_streams()
     print("x" * 100_000, flush=True)
     sys.stdout.flush()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from train import transformer
+from train import patterns, transformer
 
 SMALL = {
     "steps": 2, "features": 8, "num_heads": 2, "length": 16, "batch_size": 2, "num_tuples": 1,
@@ -86,7 +86,7 @@ def test_pictures_are_in_units_of_tokens(layer, extent):
     """Blocks are of 8 tokens and go beyond the end; of rows there is one in every 4 tokens."""
     options = {"layers": layer, "length": 32, "features": 8, "num_heads": 2}
     model = transformer.make_model(transformer.Config(**options, block=8, stride=4))
-    first, second = transformer.draw_patterns(model, np.zeros(22, np.int32)).axes
+    first, second = patterns.draw_patterns(model, np.zeros(22, np.int32)).axes
     for axes in (first, second):
         assert tuple(axes.images[0].get_extent()) == extent
         assert axes.get_xlim() == (0, 22) and axes.get_ylim() == (22, 0)
@@ -95,7 +95,7 @@ def test_pictures_are_in_units_of_tokens(layer, extent):
 def test_pictures_show_the_largest_weight_of_each_square():
     weights = np.zeros((600, 600), np.float32)
     weights[599, 0] = 1
-    shown, sizes = transformer._squares(weights)
+    shown, sizes = patterns.squares(weights)
     assert shown.shape == (200, 200) and sizes == [3, 3]
     assert shown[199, 0] == 1 and shown.sum() == 1
 
@@ -126,8 +126,9 @@ def test_the_step_size_warms_up_and_long_gradients_are_clipped():
 
 @pytest.mark.parametrize(("task", "shorter"), [("text", False), ("offset", True)])
 def test_steps_of_positions_are_kept_short_on_the_offset_task(task, shorter):
+    options = {"offset": 9} if task == "offset" else {}
     config = transformer.Config(
-        task=task, layers="s", length=64, offset=9, learning_rate=1.0, warmup=0, steps=10
+        task=task, layers="s", length=64, learning_rate=1.0, warmup=0, steps=10, **options
     )
     model = transformer.make_model(config)
     params = nnx.state(model, nnx.Param)
@@ -147,6 +148,12 @@ def test_steps_of_positions_are_kept_short_on_the_offset_task(task, shorter):
         ({"learning_rate": 0.0}, "--learning_rate"),
         ({"num_heads": 3}, "--num_heads"),
         ({"length": 1}, "--length"),
+        ({"length": 16, "num_tuples": 17}, "--num_tuples must be at most --length=16, got 17"),
+        ({"offset": 9}, "--offset has no effect with --task=text"),
+        (
+            {"task": "offset", "corpus": "a", "temperature": 1.0},
+            "--corpus .*; --temperature has no",
+        ),
         ({"task": "offset", "offset": 9, "length": 9}, "--offset"),
     ],
 )

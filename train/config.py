@@ -106,7 +106,7 @@ class Config:
                     yield f"--{name} must be {words} {limit}, got {value}"
             if isinstance(value, float) and not math.isfinite(value):
                 yield f"--{name} must be finite, got {value}"
-            if isinstance(value, int) and value >= (field.metadata["below"] or 2**31):
+            if isinstance(value, int) and field.metadata["below"] is None and value >= 2**31:
                 yield f"--{name} must be below {2**31}, got {value}"
             for other, wanted in field.metadata["only"].items():
                 if value != field.default and getattr(self, other) not in wanted:

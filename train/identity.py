@@ -34,7 +34,9 @@ _FRAMES = 100
 class Config(launcher.Config):
     """How to learn the identity."""
 
-    size: int = launcher.flag(32, "Length of x, and number of index tuples.", minimum=1)
+    size: int = launcher.flag(
+        32, "Length of x, and number of index tuples.", minimum=1, below=2**24
+    )
     steps: int = launcher.flag(10_000, "Number of updates.", minimum=1)
     learning_rate: float = launcher.flag(
         0.005, "Highest step size, at size 128 and in proportion to 1 / size; decays to 0.", above=0
@@ -42,8 +44,12 @@ class Config(launcher.Config):
     sigma_penalty: float = launcher.flag(
         0.01, "Weight in the loss of the mean sigma, in units of the matrix.", minimum=0.0
     )
-    num_global: int = launcher.flag(8, "Points per tuple drawn from the whole matrix.", minimum=0)
-    num_local: int = launcher.flag(4, "Points per tuple drawn near its mean.", minimum=0)
+    num_global: int = launcher.flag(
+        8, "Points per tuple drawn from the whole matrix.", minimum=0, below=2**16
+    )
+    num_local: int = launcher.flag(
+        4, "Points per tuple drawn near its mean.", minimum=0, below=2**16
+    )
     region: int = launcher.flag(8, "Rows and columns that count as near.", minimum=1)
     min_sigma: float = launcher.flag(0.05, "Smallest standard deviation, in cells.", minimum=0.0)
 
@@ -117,6 +123,7 @@ def draw_history(history: dict[int, IndexTuples], size: int, workdir: pathlib.Pa
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains the layer, writes `tuples.png` and `tuples.gif`, and returns its figures."""
     size = config.size
+    devices.check_fits("the test examples", 16 * _TEST_EXAMPLES * size)
 
     def loss_fn(model, key, step, data):
         del step, data

@@ -2,21 +2,20 @@
 
 import contextlib
 import datetime
-import io
 import os
 import pathlib
-import signal
 import sys
-import threading
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
+
+import jax
 
 from train import runs
 from train.checkpoints import CheckpointError
 from train.config import Config, FlagError, flag, make, parse
 from train.data import DataError
-from train.loop import SIGNALS, Interrupted
+from train.process import Interrupted, leave_on_signals, outlive_streams
 
 __all__ = ["Config", "flag", "launch"]
 
@@ -35,7 +34,7 @@ def launch(
     wrong flag, 1 for data that cannot be used, a figure that is not finite or a file that cannot be
     written, and 128 and the number of a signal (130 for Ctrl-C).
     """
-    _outlive_streams()
+    outlive_streams()
     with runs.session(), contextlib.ExitStack() as stack:
         try:
             request = parse(config_class, sys.argv)
@@ -43,12 +42,16 @@ def launch(
             config = _config(config_class, request.given, workdir)
             if (workdir / ".lock").exists():
                 stack.enter_context(runs.owned(workdir))
-            stack.enter_context(_leave_on_signals(workdir))
+            stack.enter_context(leave_on_signals(workdir))
             figures = train_and_evaluate(config, workdir)
         except FlagError as error:
             _exit(error, 2)
         except (DataError, FloatingPointError, CheckpointError) as error:
             _exit(error, 1)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXH" not in str(error):
+                raise
+            _exit(f"out of memory: {str(error)[:200]}; see {workdir}", 1)
         except OSError as error:
             _exit(f"{error}; see {workdir}", 1)
         except runs.PicturesError as error:
@@ -90,70 +93,6 @@ def _workdir(workdir: str | None, task: str) -> pathlib.Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise FlagError(f"--workdir: {error}") from error
     return path
-
-
-class _Outliving:
-    """A stream that drops what it cannot write: a closed pipe or a full disk ends no run."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-
-def _outlive_streams() -> None:
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        if isinstance(stream, _Outliving):
-            continue
-        if stream is None:
-            # It was closed: what is opened next must not take its number.
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-            stream = io.StringIO()
-        # A text may hold what a terminal cannot show.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-        setattr(sys, name, _Outliving(stream))
-
-
-@contextlib.contextmanager
-def _leave_on_signals(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes signals end the process at once, where the training loop does not defer them.
-
-    Python's own way, an exception from anywhere, may be swallowed by a callback of JAX, and may
-    crash the interpreter as it unwinds. All files are either whole or lines, so this loses nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(signum, frame):
-        see = f"; see {workdir}" if workdir.exists() else ""
-        with contextlib.suppress(OSError):
-            os.write(2, f"\ninterrupted{see}\n".encode())
-        os._exit(128 + signum)
-
-    previous = {
-        signum: signal.signal(signum, leave)
-        for signum in SIGNALS
-        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN
-    }
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def _exit(message: object, status: int) -> NoReturn:

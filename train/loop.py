@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import math
-import os
 import pathlib
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
@@ -22,21 +20,8 @@ from tqdm import tqdm
 from train import devices, runs
 from train.checkpoints import CheckpointError, Checkpoints, is_key, save_tree
 from train.config import Config, FlagError
+from train.process import Interrupted, deferred_signals
 from train.updates import LossFn, Scalars, State, Updates, checked, compiled, make_updates
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal ended a run, which is saved and can be continued.
-
-    Attributes:
-      signum: the signal.
-    """
-
-    def __init__(self, message: str, signum: int):
-        super().__init__(message)
-        self.signum = signum
 
 
 class Trained(NamedTuple):
@@ -59,9 +44,12 @@ def build(make_model: Callable[..., nnx.Module], config: Config, *inputs: Any) -
     """Makes a model, `make_model(config, *inputs)`, if there is memory to train it.
 
     Raises:
-      FlagError: there is not.
+      FlagError: there is not, or flags contradict each other.
     """
-    shapes = nnx.eval_shape(lambda: make_model(config, *inputs))
+    try:
+        shapes = nnx.eval_shape(lambda: make_model(config, *inputs))
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise FlagError(f"the model: {error}") from error
     # Parameters, their gradient, and two moments.
     devices.check_fits("training the model", 4 * devices.num_bytes(nnx.state(shapes, nnx.Param)))
     return make_model(config, *inputs)
@@ -142,7 +130,7 @@ def train(
         run.compiled()  # What does not fit leaves no folder behind.
     with contextlib.ExitStack() as stack:
         stack.enter_context(runs.owned(workdir))
-        signals = stack.enter_context(_deferred_signals())
+        signals = stack.enter_context(deferred_signals())
         runs.begin(workdir, config, inputs)
         saved = Checkpoints(
             workdir / "checkpoints", keep=config.keep, read_only=config.mode == "eval"
@@ -393,35 +381,3 @@ def _telling_what_is_saved(saved: Checkpoints) -> Iterator[None]:
         steps = saved.steps()
         model = f"the model of step {steps[0]} is {saved.folder / str(steps[0])}"
         raise CheckpointError(f"{text}; {model if steps else 'no model is saved'}") from error
-
-
-@contextlib.contextmanager
-def _deferred_signals() -> Iterator[list[int]]:
-    """Gathers the first signal in the list that it yields; the next ones act as ever.
-
-    Only in the main thread of a launched run: what else happens in a process is not ours.
-    """
-    signals = []
-    if not runs.launched() or threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    previous = {}
-
-    def note(signum, frame):
-        signals.append(signum)
-        restore()
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after these steps; again to stop at once\n")
-
-    def restore():
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-    for signum in SIGNALS:
-        # What `nohup` has a process ignore stays ignored.
-        if signal.getsignal(signum) != signal.SIG_IGN:
-            previous[signum] = signal.signal(signum, note)
-    try:
-        yield signals
-    finally:
-        restore()

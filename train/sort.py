@@ -36,7 +36,7 @@ _MAX_DIGITS = 9
 class Config(launcher.Config):
     """What to sort and how to learn it."""
 
-    size: int = launcher.flag(8, "Numbers in a set.", minimum=1)
+    size: int = launcher.flag(8, "Numbers in a set.", minimum=1, below=2**16)
     digits: int = launcher.flag(1, "Digits in a number, side by side.", minimum=1)
     dataset: data.Name = launcher.flag("digits", "Where the images of digits come from.")
     data_dir: str | None = launcher.flag(
@@ -49,7 +49,7 @@ class Config(launcher.Config):
         "at every level; separate carries the sorted images back to every level and trains each "
         "by itself.",
     )
-    num_samples: int = launcher.flag(10, "Random splits per bucket.", minimum=0)
+    num_samples: int = launcher.flag(10, "Random splits per bucket.", minimum=0, below=2**12)
     certainty: float = launcher.flag(
         10.0, "How soon a difference in score decides a split.", above=0
     )
@@ -58,12 +58,17 @@ class Config(launcher.Config):
     )
     steps: int = launcher.flag(6000, "Number of updates.", minimum=1)
     batch_size: int | None = launcher.flag(
-        None, f"Sets per update; by default those of {_ITEMS_PER_BATCH} numbers.", minimum=1
+        None,
+        f"Sets per update; by default those of {_ITEMS_PER_BATCH} numbers.",
+        minimum=1,
+        below=2**20,
     )
     learning_rate: float = launcher.flag(
         2e-3, "Highest step size; warms up, then decays to 0.", above=0
     )
-    width: int = launcher.flag(256, "Units in each of the network's two hidden layers.", minimum=1)
+    width: int = launcher.flag(
+        256, "Units in each of the network's two hidden layers.", minimum=1, below=2**16
+    )
     dropout: float = launcher.flag(
         0.2, "Share of hidden units dropped in training.", minimum=0.0, below=1
     )

@@ -24,11 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.figure import Figure
 
-from hyperlayer_jax import todense
 from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM, generate, shorten_steps
 from train import devices, figures, launcher, loop, runs, text
+from train.patterns import draw_patterns
 
 _DEFAULTS = {
     "text": {
@@ -43,8 +42,8 @@ _DEFAULTS = {
 _VALIDATION_WINDOWS, _TEST_WINDOWS, _TOKENS_AT_ONCE = 128, 1024, 2**13
 _NUM_EVALUATIONS = 5
 _SAMPLES, _PROMPT = 3, 64
-# Pictures show the first of the tokens, in squares of so many pixels.
-_TOKENS_DRAWN, _PIXELS = 2048, 256
+# Pictures show the first of the tokens.
+_TOKENS_DRAWN = 2048
 _NUM_TOKENS = 64
 # On the offset task parameters are averaged over about as many steps as there are between looks.
 _SOLVED, _OFFSET_INTERVAL, _OFFSET_AVERAGE = 0.001, 50, 0.98
@@ -64,9 +63,15 @@ class Config(launcher.Config):
         "stdlib",
         "stdlib (the sources of Python's standard library), a text file, a folder of them, or the "
         "name of a set of tensorflow-datasets with a feature called text.",
+        only={"task": ["text"]},
+        fixed=False,
     )
-    data_dir: str | None = launcher.flag(None, "Where tensorflow-datasets keeps its sets.")
-    offset: int = launcher.flag(100, "How far back the offset task asks.", minimum=1)
+    data_dir: str | None = launcher.flag(
+        None, "Where tensorflow-datasets keeps its sets.", only={"task": ["text"]}, fixed=False
+    )
+    offset: int = launcher.flag(
+        100, "How far back the offset task asks.", minimum=1, below=2**24, only={"task": ["offset"]}
+    )
     layers: str | None = launcher.flag(
         None,
         _by_task(
@@ -83,20 +88,24 @@ class Config(launcher.Config):
         "Tokens in an example. By default 256 for text, and for the offset task a quarter more "
         "than the offset, in multiples of 64.",
         minimum=2,
+        below=2**24,
     )
     features: int | None = launcher.flag(
-        None, _by_task("features", "Width of the model."), minimum=1
+        None, _by_task("features", "Width of the model."), minimum=1, below=2**16
     )
     num_heads: int | None = launcher.flag(
-        None, _by_task("num_heads", "Heads of attention."), minimum=1
+        None, _by_task("num_heads", "Heads of attention."), minimum=1, below=2**12
     )
     num_tuples: int | None = launcher.flag(
-        None, _by_task("num_tuples", "Learned positions per token and head."), minimum=1
+        None,
+        _by_task("num_tuples", "Learned positions per token and head."),
+        minimum=1,
+        below=2**12,
     )
     num_global: int | None = launcher.flag(
-        None, _by_task("num_global", "Points per position drawn from all."), minimum=0
+        None, _by_task("num_global", "Points per position drawn from all."), minimum=0, below=2**16
     )
-    num_local: int = launcher.flag(2, "Points per position drawn near it.", minimum=0)
+    num_local: int = launcher.flag(2, "Points per position drawn near it.", minimum=0, below=2**16)
     region: int = launcher.flag(8, "Positions that count as near.", minimum=1)
     window: int = launcher.flag(8, "Tokens that a window sees.", minimum=1)
     stride: int = launcher.flag(8, "One token in so many looks back in a strided layer.", minimum=1)
@@ -106,7 +115,7 @@ class Config(launcher.Config):
     )
     bfloat16: bool = launcher.flag(False, "Computes in bfloat16.")
     steps: int | None = launcher.flag(None, _by_task("steps", "Number of updates."), minimum=1)
-    batch_size: int = launcher.flag(8, "Examples in an update.", minimum=1)
+    batch_size: int = launcher.flag(8, "Examples in an update.", minimum=1, below=2**20)
     learning_rate: float | None = launcher.flag(
         None, _by_task("learning_rate", "Highest step size."), above=0
     )
@@ -114,7 +123,9 @@ class Config(launcher.Config):
         100, "Updates until the step size is highest; half of --steps at most.", minimum=0
     )
     clip: float = launcher.flag(1.0, "Largest norm of a gradient.", above=0)
-    temperature: float = launcher.flag(0.7, "Of the continuations that are drawn.", minimum=0.0)
+    temperature: float = launcher.flag(
+        0.7, "Of the continuations that are drawn.", minimum=0.0, only={"task": ["text"]}
+    )
 
     def __post_init__(self):
         quarter_more = 64 * math.ceil(1.25 * self.offset / 64)
@@ -123,6 +134,10 @@ class Config(launcher.Config):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
+        if self.num_tuples > self.length:
+            raise ValueError(
+                f"--num_tuples must be at most --length={self.length}, got {self.num_tuples}"
+            )
         if self.task == "offset" and self.offset >= self.length:
             raise ValueError(f"--offset must be below --length={self.length}, got {self.offset}")
         try:
@@ -195,61 +210,12 @@ def bits_per_byte(model: TransformerLM, windows: np.ndarray) -> float:
     return total / len(windows) / math.log(2)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _weights(graphdef, state, tokens):
-    """Of each layer the weights [heads, rows, columns] of its pattern for tokens [T], or None."""
-    patterns = nnx.merge(graphdef, state).patterns(tokens[None])
-    dense = [None if pattern is None else todense(pattern) for pattern in patterns]
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), dense)
-
-
-def draw_patterns(model: TransformerLM, tokens: np.ndarray) -> Figure | None:
-    """Where the heads of each layer look in tokens int32 [T], in evaluation.
-
-    Layers without a pattern are left out; None if there is no other.
-    """
-    graphdef, state = nnx.split(nnx.view(model, deterministic=True))
-    length, pictures = len(tokens), []
-    for index, heads in enumerate(_weights(graphdef, state, tokens)):
-        layer = model.blocks[index].attention
-        for head, fine in enumerate([] if heads is None else np.asarray(heads)):
-            weights, squares = _squares(fine)
-            # An entry is of a block of tokens, or a row of every so many.
-            height = {"block": layer.block, "strided": layer.stride}.get(layer.kind, 1) * squares[0]
-            width = (layer.block if layer.kind == "block" else 1) * squares[1]
-            extent = (0, width * weights.shape[1], height * weights.shape[0], 0)
-            pictures.append((f"layer {index} ({layer.kind}), head {head}", weights, extent))
-    if not pictures:
-        return None
-    columns = min(len(pictures), 4)
-    rows = math.ceil(len(pictures) / columns)
-    figure = Figure(figsize=(3.2 * columns, 3.4 * rows), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (title, weights, extent) in zip(axes, pictures, strict=False):
-        axis.imshow(weights, cmap="Blues", vmin=0, vmax=1, extent=extent, interpolation="nearest")
-        axis.plot([0, length], [0, length], color="lightgray", linewidth=0.5)
-        axis.set(title=title, xlabel="looks at", ylabel="token")
-        axis.set(xlim=(0, length), ylim=(length, 0))
-    for axis in axes[len(pictures) :]:
-        axis.set_axis_off()
-    return figure
-
-
 def _save_patterns(model: TransformerLM, tokens: np.ndarray, path: pathlib.Path) -> None:
     """Writes the picture of tokens int32 [T], if there is one."""
     picture = draw_patterns(model, tokens[:_TOKENS_DRAWN])
     if picture is not None:
         figures.save_png(picture, path)
         print(f"picture: {path}")
-
-
-def _squares(weights):
-    """Weights [rows, columns] as the largest in squares, few enough to see, and their sizes."""
-    sizes = [math.ceil(size / _PIXELS) for size in weights.shape]
-    padding = [(0, -size % square) for size, square in zip(weights.shape, sizes, strict=True)]
-    padded = np.pad(weights, padding)
-    shape = (padded.shape[0] // sizes[0], sizes[0], padded.shape[1] // sizes[1], sizes[1])
-    return padded.reshape(shape).max((1, 3)), sizes
 
 
 def _continue(model: TransformerLM, key: jax.Array, prompts: np.ndarray, config: Config) -> str:
