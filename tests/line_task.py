@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from train import data, launcher, loop, runs
+from train import data, devices, launcher, loop, runs
+
+_BATCH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Config(launcher.Config):
 def loss_fn(model, key, step, data):
     del step
     x, y = data
-    batch = jax.random.randint(key, (16,), 0, len(x))
-    loss = jnp.mean((model(x[batch]) - y[batch]) ** 2)
+    batch = jax.random.randint(key, (_BATCH,), 0, len(x))
+    x, y = devices.shard((x[batch], y[batch]))
+    loss = jnp.mean((model(x) - y) ** 2)
     return loss, {"rmse": jnp.sqrt(loss)}
 
 
@@ -57,6 +60,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         key=jax.random.key(config.seed),
         steps=config.steps,
         workdir=workdir,
+        batch_size=_BATCH,
         evaluate=lambda model, step: {"error": jnp.abs(model.kernel - 2).max()},
         evaluate_every=100,
         best=lambda figures: -figures["error"],

@@ -6,6 +6,7 @@ import pathlib
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -146,6 +147,8 @@ def test_a_run_that_is_killed_and_interrupted_ends_as_if_it_had_not_been(tmp_pat
         ("--keep=0", "--keep"),
         ("--mesh=data", "--mesh must be like"),
         ("--mesh=data:2,data:2", "--mesh must be like"),
+        ("--distributed=here", "--distributed must be auto or HOST:PORT,N,I"),
+        ("--distributed=auto", "--distributed needs --workdir"),
         ("--mesh=data:64", "want 64 devices, have 8"),
         ("--seed=4294967296", "--seed must be below 4294967296"),
         ("100", "100"),
@@ -273,6 +276,32 @@ def test_the_first_signal_waits_for_the_steps_under_way_of_a_launched_run(signum
         assert signals == [signum] and signal.getsignal(signum) == before
     with process.deferred_signals():
         assert signal.getsignal(signum) == before
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one_and_one_goes_on_alone(tmp_path):
+    """Each computes half of a batch; killed, the run is continued on another number of hosts."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = ("--steps=1500", "--checkpoint_every=50", "--workdir=run")
+    both = [start(tmp_path, *arguments, f"--distributed=localhost:{port},2,{i}") for i in range(2)]
+    wait_for_rows(both[0], tmp_path / "run", 5)
+    for one in reversed(both):
+        one.kill()
+        assert one.wait() == -signal.SIGKILL, one.communicate()[1]
+    step = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert 200 <= step < 1500
+    config = Config(steps=1500, mesh="data:1")
+    train_and_evaluate(config, tmp_path / "run")
+    train_and_evaluate(config, tmp_path / "one")
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("run", "one")
+    ]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for row, expected in zip(*rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_streams_that_fail_end_nothing(monkeypatch):

@@ -26,6 +26,7 @@ _BOUNDS = (
     ("above", "above", operator.gt),
     ("below", "below", operator.lt),
 )
+DISTRIBUTED = re.compile(r"auto|[^,]+:\d+,[1-9]\d*,\d+")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -90,6 +91,12 @@ class Config:
         "as well); by default all for data, if the batch divides.",
         fixed=False,
     )
+    distributed: str | None = flag(
+        None,
+        "For a run of several processes: auto, where SLURM, Kubernetes or a TPU pod started them, "
+        "or HOST:PORT,N,I for process I of N. All are given the same --workdir.",
+        fixed=False,
+    )
     profile: bool = flag(False, "Writes a trace of some steps to WORKDIR/profile.", fixed=False)
 
     def __post_init__(self):
@@ -122,6 +129,9 @@ class Config:
             )
             if not axes or self.mesh.count("data") > 1 or self.mesh.count("model") > 1:
                 yield f"--mesh must be like data:4 or data:2,model:2, got {self.mesh!r}"
+
+        if self.distributed is not None and not DISTRIBUTED.fullmatch(self.distributed):
+            yield f"--distributed must be auto or HOST:PORT,N,I, got {self.distributed!r}"
 
     def checkpoint_interval(self) -> tuple[float, float]:
         """What `--checkpoint_every` says: a number of steps and one of seconds, one infinite."""

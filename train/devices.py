@@ -20,6 +20,20 @@ from train.config import FlagError
 _LARGE = 2**14
 
 
+def join(distributed: str) -> None:
+    """Makes this process one of several, as `--distributed` says; before any device is used.
+
+    Raises:
+      FlagError: the others cannot be found.
+    """
+    where, *numbers = distributed.split(",")
+    arguments = () if where == "auto" else (where, *map(int, numbers))
+    try:
+        jax.distributed.initialize(*arguments)
+    except (ValueError, RuntimeError) as error:
+        raise FlagError(f"--distributed={distributed}: {error}") from error
+
+
 def make_mesh(mesh: str | None, batch_size: int | None) -> jax.sharding.Mesh:
     """The mesh of `--mesh`, with axes `data` and `model`, of all hosts.
 
@@ -65,12 +79,22 @@ def place(mesh: jax.sharding.Mesh, tree: Any) -> Any:
             spec[divisible[0]] = "model"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(lambda x: jax.device_put(x, sharding(x)), tree)
+    return jax.tree.map(lambda x: _put(x, sharding(x)), tree)
 
 
 def replicate(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Puts all of a tree of arrays on every device of a mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def _put(x, sharding):
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    # Every process has the whole, and puts its part.
+    if checkpoints.is_key(x):
+        data = jax.device_put(np.asarray(jax.random.key_data(x)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.device_put(np.asarray(x), sharding)
 
 
 def gather(tree: Any) -> Any:

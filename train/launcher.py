@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 import jax
 
-from train import runs
+from train import devices, runs
 from train.checkpoints import CheckpointError
-from train.config import Config, FlagError, flag, make, parse
+from train.config import DISTRIBUTED, Config, FlagError, flag, make, parse
 from train.data import DataError
 from train.process import Interrupted, leave_on_signals, outlive_streams
 
@@ -38,6 +38,7 @@ def launch(
     with runs.session(), contextlib.ExitStack() as stack:
         try:
             request = parse(config_class, sys.argv)
+            _join(request.given.get("distributed"), request.workdir)
             workdir = _workdir(request.workdir, pathlib.Path(sys.argv[0]).stem)
             config = _config(config_class, request.given, workdir)
             if (workdir / ".lock").exists():
@@ -60,6 +61,18 @@ def launch(
         except Interrupted as interrupt:
             _exit(f"{interrupt}; see {workdir}", 128 + interrupt.signum)
         print(runs.to_json(figures), flush=True)
+
+
+def _join(distributed: str | None, workdir: str | None) -> None:
+    """Makes this process one of several, if it is asked to."""
+    if distributed is None or not DISTRIBUTED.fullmatch(distributed):
+        return
+    if workdir is None:
+        raise FlagError("--distributed needs --workdir, the same for all processes")
+    devices.join(distributed)
+    if jax.process_index() > 0:
+        # One voice is enough.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _config(config_class: type[_Config], given: dict[str, Any], workdir: pathlib.Path) -> _Config:

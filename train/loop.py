@@ -148,7 +148,9 @@ def train(
         _say(f"writing to {workdir}" if is_new else f"continuing {workdir} from step {run.step}")
         run.compiled()
         write = stack.enter_context(runs.metric_writer(workdir, -1 if is_new else run.step))
-        bar = stack.enter_context(tqdm(total=steps, initial=run.step, unit="step"))
+        bar = stack.enter_context(
+            tqdm(total=steps, initial=run.step, unit="step", disable=jax.process_index() > 0)
+        )
         if is_new and evaluate is not None:
             write(0, run.assess(bar))
         intervals = [log_every] if evaluate is None else [log_every, evaluate_every]
@@ -198,7 +200,7 @@ class _Run:
     best: Callable[[Scalars], float] | None
 
     def __post_init__(self):
-        self.data = devices.replicate(self.mesh, self.data)
+        self.data, self.key = devices.replicate(self.mesh, (self.data, self.key))
         self.state = self.initial()
         self.template = jax.tree.map(_outline, self.state)
         self.step = 0

@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -138,8 +139,18 @@ def begin(workdir: pathlib.Path, config: Config, inputs: tuple) -> None:
     Raises:
       FlagError: another run is there.
     """
-    if jax.process_index() > 0:
+    if jax.process_count() > 1:
+        # The others wait until the folder is checked and ready, or the first has given up.
+        try:
+            if jax.process_index() == 0:
+                _begin(workdir, config, inputs)
+        finally:
+            multihost_utils.sync_global_devices("the run begins")
         return
+    _begin(workdir, config, inputs)
+
+
+def _begin(workdir: pathlib.Path, config: Config, inputs: tuple) -> None:
     spec = sys.modules["__main__"].__spec__
     module = type(config).__module__
     task = spec.name if module == "__main__" and spec else module
@@ -234,6 +245,8 @@ def _lines_until(path: pathlib.Path, step: int) -> Iterator[str]:
 
 def save_evaluation(workdir: pathlib.Path, step: int, results: dict[str, Any]) -> None:
     """Keeps scalars and arrays of the evaluation at a step."""
+    if jax.process_index() > 0:
+        return
     path = workdir / "evaluations" / f"{step}.npz"
     path.parent.mkdir(exist_ok=True)
     hidden = path.with_name(f".{path.name}")

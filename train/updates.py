@@ -97,7 +97,9 @@ def compiled(
         found before anything is compiled.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(updates, donate_argnums=0, out_shardings=(shardings, None, None, None))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    out_shardings = (shardings, everywhere, everywhere, everywhere)
+    jitted = jax.jit(updates, donate_argnums=0, out_shardings=out_shardings)
     with devices.use(mesh):
         traced = jitted.trace(state, np.int32(0), key, data)
         size, shape = devices.largest(traced.jaxpr.jaxpr)
