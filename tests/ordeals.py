@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """What a run may have to go through, many times over; not part of the suite, which has a few.
 
 python tests/ordeals.py kills train.identity --size=8 --steps=20000
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import typing
 
 import numpy as np
 from absl import logging
@@ -117,9 +120,100 @@ def damage(folder):
     return wrong == 0
 
 
+WORDS = {
+    "train.sort": (
+        "--dataset=cifar", "--dataset=digits --data_dir=.", "--dataset=mnist --data_dir=nowhere",
+        "--dataset=mnist --data_dir=~nobody-has-this-name", "--loss=x", "--proposal=", "--augment=2",
+        "--size=400", "--digits=10", "--digits=9 --size=60", "--size=65535 --digits=9",
+        "--batch_size=1000000 --size=100", "--width=65535", "--mesh=data:2", "--mesh=model:0",
+        "--mesh=seq:1", "--checkpoint_every=1d", "--checkpoint_every=-5", "--mode=test",
+        "--mode=eval", "--mode=eval --workdir=nowhere", "--workdir=/proc/run", "--workdir=/dev/null",
+        "--workdir=s3://bucket", "--distributed=1,2", "--distributed=auto", "--resume", "sort", "-x",
+        "--seed=1.5", "--steps=1e3", "--steps", "--keep=-1", "--profile=maybe", "--noprofile=no",
+    ),
+    "train.identity": (
+        "--size=16000000", "--size=5000000", "--region=99 --size=4 --num_local=2147483647",
+        "--dataset=digits", "--mesh=data:64", "--mesh=data:1,model:1,data:1", "--sigma_penalty=x",
+    ),
+    "train.glimpse": (
+        "--model=resnet", "--head=x", "--model=conv --head=conv", "--model=conv --glimpses=3",
+        "--model=stn --num_local=2", "--model=reinforce --sigma_scale=1", "--dataset=mnist_",
+        "--data_dir=.", "--canvas=33", "--canvas=8", "--patch_size=20", "--scaling=1", "--augment=1",
+        "--scaling=0.5 --augment=0.5", "--canvas=8190", "--digit_size=4000 --canvas=4000",
+        "--canvas=2000 --batch_size=100000 --coarseness=1",
+    ),
+    "train.transformer": (
+        "--task=speech", "--corpus=/nowhere", "--corpus=nowhere.txt", "--corpus=", "--corpus=a/b.gz",
+        "--corpus=~nobody-has-this-name", "--layers=x", "--layers=", "--positions=x", "--offset=3",
+        "--task=offset --offset=300 --length=200", "--task=offset --corpus=stdlib2",
+        "--task=offset --temperature=1", "--task=offset --data_dir=.", "--num_heads=3",
+        "--features=3", "--num_tuples=300", "--num_tuples=100000000", "--length=10000000",
+        "--corpus=/dev/zero", "--corpus=/proc/self/mem", "--layers=d --length=60000",
+        "--layers=s --batch_size=1000000",
+    ),
+}  # fmt: skip
+
+
+def bad_lines(tasks):
+    for name, task in tasks.items():
+        for field, hint in typing.get_type_hints(task.Config).items():
+            kinds = {hint, *typing.get_args(hint)}
+            values = ("-1", "x", "99999999999") if int in kinds else ("-1", "nan", "inf", "x")
+            if kinds & {int, float}:
+                yield from ((name, [f"--{field}={value}"]) for value in values)
+        yield from ((name, line.split()) for line in WORDS[name])
+
+
+def lines(folder):
+    """Every bad command line ends in one line, which names a flag, and leaves nothing behind."""
+    import importlib  # noqa: PLC0415
+
+    tasks = {name: importlib.import_module(name) for name in WORDS}
+    launcher = importlib.import_module("train.launcher")
+    wrong = count = 0
+    for task, arguments in bad_lines(tasks):
+        count += 1
+        out, err = folder / "out", folder / "err"
+        here = folder / "here"
+        here.mkdir()
+        # Nothing has started JAX yet: a copy of this process is as good as a new one, and quicker.
+        child = os.fork()
+        if child == 0:
+            for path, number in ((out, 1), (err, 2)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.chdir(here)
+            sys.argv = [task, *arguments]
+            status = 1
+            try:
+                launcher.launch(tasks[task].Config, tasks[task].train_and_evaluate)
+                status = 0
+            except SystemExit as stop:
+                status = stop.code
+            except BaseException:
+                traceback.print_exc()
+                status = 99
+            sys.stderr.flush()
+            os._exit(status)
+        began = time.time()
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.time() - began > 60:
+                os.kill(child, 9)
+            time.sleep(0.02)
+        status = os.waitstatus_to_exitcode(ended[1])
+        said = err.read_text(errors="replace").strip()
+        bad = status not in (1, 2) or "Traceback" in said or said.count("\n") > 1
+        bad = bad or any(here.iterdir())
+        if bad:
+            wrong += 1
+            print(f"{task} {' '.join(arguments)}: {status} {said[-300:]!r} {list(here.iterdir())}")
+        shutil.rmtree(here)
+    print(f"{count} bad lines: {wrong} that did not end in one clear line")
+    return wrong == 0
+
+
 def main():
     what, *arguments = sys.argv[1:] or ["help"]
-    if what not in ("kills", "damage"):
+    if what not in ("kills", "damage", "lines"):
         sys.exit(__doc__)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from train import patterns, transformer
+from train.runs import load_run
 
 SMALL = {
     "steps": 2, "features": 8, "num_heads": 2, "length": 16, "batch_size": 2, "num_tuples": 1,
@@ -50,7 +51,7 @@ def test_trains_evaluates_and_leaves_its_files(tmp_path, corpus, options):
     for name in ("attention-0.png", f"attention-{config.steps}.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "--- continued:" in (tmp_path / "continued.txt").read_text()
-    assert (tmp_path / "params").is_dir()
+    assert load_run(tmp_path)[1] == config
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
 
