@@ -19,6 +19,9 @@ from train.process import Interrupted, leave_on_signals, outlive_streams
 
 __all__ = ["Config", "flag", "launch"]
 
+# What is left where a run was killed before it began.
+_BEFORE_A_RUN = {".lock", ".model.json", "model.json", ".config.json"}
+
 _Config = typing.TypeVar("_Config", bound=Config)
 
 
@@ -99,7 +102,7 @@ def _workdir(workdir: str | None, task: str) -> pathlib.Path:
     try:
         path = pathlib.Path(workdir).expanduser()
         if path.exists() and not runs.is_run(path):
-            if {entry.name for entry in path.iterdir()} - {".lock", "model.json"}:
+            if {entry.name for entry in path.iterdir()} - _BEFORE_A_RUN:
                 raise FileExistsError(f"{path} is not empty, and not the folder of a run")
             if not os.access(path, os.W_OK):
                 raise PermissionError(f"{path} cannot be written to")

@@ -136,8 +136,8 @@ def train(
             workdir / "checkpoints", keep=config.keep, read_only=config.mode == "eval"
         )
         stack.callback(saved.close)
-        stack.enter_context(_telling_what_is_saved(saved))
         is_new = run.take_up(saved)
+        stack.enter_context(_telling_what_is_saved(saved))
         if run.step >= steps or config.mode == "eval":
             _say(f"{workdir} is at step {run.step}: nothing to train, its figures are made anew")
             model = run.evaluated()
@@ -273,12 +273,17 @@ class _Run:
 
     def assess(self, bar: tqdm) -> Scalars:
         """Evaluates, and keeps what comes out; the scalars of it."""
-        results = self.evaluate(self.evaluated(), self.step)
+        model = self.evaluated()
+        results = self.evaluate(model, self.step)
         results = {name: np.asarray(x) for name, x in results.items()}
         figures = {name: float(x) for name, x in results.items() if x.ndim == 0}
         for name, figure in figures.items():
             if not math.isfinite(figure):
-                raise FloatingPointError(f"{name} is {figure} at step {self.step} of {self.steps}")
+                _save_params(self.workdir, model)
+                raise FloatingPointError(
+                    f"{name} is {figure} at step {self.step} of {self.steps}; "
+                    f"the model is in {self.workdir / 'params'}"
+                )
         self.history[self.step] = results
         runs.save_evaluation(self.workdir, self.step, results)
         if self.best is not None and self.step > 0:
@@ -379,7 +384,8 @@ def _telling_what_is_saved(saved: Checkpoints) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointError) as error:
-        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else error
+        place = getattr(error, "filename", None) or saved.folder.parent
+        text = f"{error.strerror}: {place}" if isinstance(error, OSError) else error
         steps = saved.steps()
         model = f"the model of step {steps[0]} is {saved.folder / str(steps[0])}"
         raise CheckpointError(f"{text}; {model if steps else 'no model is saved'}") from error

@@ -64,7 +64,6 @@ class Config(launcher.Config):
         "stdlib (the sources of Python's standard library), a text file, a folder of them, or the "
         "name of a set of tensorflow-datasets with a feature called text.",
         only={"task": ["text"]},
-        fixed=False,
     )
     data_dir: str | None = launcher.flag(
         None, "Where tensorflow-datasets keeps its sets.", only={"task": ["text"]}, fixed=False
