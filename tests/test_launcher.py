@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shlex
 import signal
 import socket
@@ -57,8 +58,8 @@ def test_run_from_the_command_line(tmp_path):
     assert process.returncode == 0, err
     figures = json.loads(out.splitlines()[-1])
     assert figures["steps"] == 120
-    names = {"steps", "train_seconds", "compile_seconds", "loss", "steps_per_second"}
-    assert figures.keys() == names
+    rates = {"steps_per_second", "examples_per_second"}
+    assert figures.keys() == {"steps", "train_seconds", "compile_seconds", "loss", *rates}
     assert "120/120" in err
     (workdir,) = (tmp_path / "runs").iterdir()
     assert workdir.name.startswith("line_task-")
@@ -251,20 +252,20 @@ def test_pictures_that_cannot_be_written_leave_the_figures(monkeypatch, capsys, 
     assert json.loads((tmp_path / "run" / "results.json").read_text())["figures"]["steps"] == 10
 
 
-def test_a_full_disk_names_the_model_there_is(tmp_path):
+def test_a_full_disk_names_the_model_there_is(monkeypatch, capsys, tmp_path):
     """A limit on the size of files stands for it: that of metrics is the first to be reached."""
-    limited = "ulimit -f 8; exec " + shlex.join([sys.executable, "-m", "line_task"])
-    options = "--steps=100000 --checkpoint_every=1000 --workdir=run"
-    process = start(tmp_path, command=["bash", "-c", f"{limited} {options}"])
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in err
-    assert "File too large" in err.splitlines()[-1]
-    step = int(
-        re.search(
-            r"the model of step (\d+) is run/", err.splitlines()[-1].replace(f"{tmp_path}/", "")
-        ).group(1)
-    )
-    assert step > 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        options = ("--steps=100000", "--checkpoint_every=2000", f"--workdir={tmp_path / 'run'}")
+        with pytest.raises(SystemExit) as stop:
+            launch(monkeypatch, *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and "File too large" in error
+    step, folder = re.search(r"the model of step (\d+) is (.*)$", error).groups()
+    assert int(step) > 0 and pathlib.Path(folder).is_dir()
     assert runs.load_run(tmp_path / "run")[1].steps == 100000
 
 
