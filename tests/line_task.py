@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from train import data, launcher, loop
+from train import data, devices, launcher, loop, runs
+
+_BATCH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Config(launcher.Config):
     optimizer: Literal["adam", "sgd"] = launcher.flag("adam", "Rule of the updates.")
     noisy: bool = launcher.flag(False, "Adds noise to the targets.")
     clip: float | None = launcher.flag(None, "Largest norm of the gradient.")
-    data_dir: str | None = launcher.flag(None, "Folder of MNIST, to read it first.")
+    data_dir: str | None = launcher.flag(None, "Folder of MNIST, to read it first.", fixed=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -35,25 +37,35 @@ class Config(launcher.Config):
 def loss_fn(model, key, step, data):
     del step
     x, y = data
-    batch = jax.random.randint(key, (16,), 0, len(x))
-    loss = jnp.mean((model(x[batch]) - y[batch]) ** 2)
+    batch = jax.random.randint(key, (_BATCH,), 0, len(x))
+    x, y = devices.shard((x[batch], y[batch]))
+    loss = jnp.mean((model(x) - y) ** 2)
     return loss, {"rmse": jnp.sqrt(loss)}
+
+
+def make_model(config: Config) -> nnx.Module:
+    return nnx.Linear(1, 1, rngs=nnx.Rngs(config.seed))
 
 
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     if config.data_dir is not None:
         data.load("mnist", config.data_dir)
     x = jnp.linspace(-1, 1, 64)[:, None]
-    _, figures = loop.train(
-        nnx.Linear(1, 1, rngs=nnx.Rngs(config.seed)),
+    trained = loop.train(
+        loop.build(make_model, config),
         optax.adam(config.learning_rate),
         loss_fn,
         (x, 2 * x + 1),
+        config=config,
         key=jax.random.key(config.seed),
         steps=config.steps,
         workdir=workdir,
+        batch_size=_BATCH,
+        evaluate=lambda model, step: {"error": jnp.abs(model.kernel - 2).max()},
+        evaluate_every=100,
+        best=lambda figures: -figures["error"],
     )
-    return figures
+    return runs.report(workdir, trained.figures, lambda: (workdir / "picture").write_text("line"))
 
 
 if __name__ == "__main__":

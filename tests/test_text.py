@@ -1,7 +1,11 @@
 """Texts: how they are found and split, and the models that count."""
 
+import bz2
 import gzip
+import lzma
+import os
 import sys
+import tarfile
 import types
 import zipfile
 
@@ -49,7 +53,7 @@ def test_a_gzipped_file_is_unpacked(tmp_path):
 def test_a_zip_file_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "enwik8.zip", "w") as archive:
         archive.writestr("enwik8", "to be or not to be")
-    with pytest.raises(data.DataError, match="is a zip file"):
+    with pytest.raises(data.DataError, match="is an archive"):
         text.load(str(tmp_path / "enwik8.zip"))
 
 
@@ -117,3 +121,32 @@ def test_counting_finds_what_there_is_to_count():
     noise = np.random.default_rng(0).integers(0, 4, 100_000).astype(np.uint8)
     bits = text.count_bits(noise, text.windows(noise, 20, 500))
     assert abs(bits["unigram"] - 2) < 0.02 and abs(bits["bigram"] - 2) < 0.02
+
+
+@pytest.mark.parametrize("opened", [gzip.open, bz2.open, lzma.open], ids=str)
+def test_a_compressed_text_is_unpacked(opened, tmp_path):
+    path = tmp_path / "a text"
+    with opened(path, "wb") as file:
+        file.write(b"to be " * 50)
+    assert b"".join(part.tobytes() for part in text.load(str(path))[:3]) == b"to be " * 50
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(data.DataError, match="cannot be read"):
+        text.load(str(path))
+
+
+def test_archives_are_refused_and_home_is_found(monkeypatch, tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(__file__, "b.py")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(data.DataError, match="is an archive"):
+        text.load("~/a.tar.gz")
+    with pytest.raises(data.DataError, match="nobody-has-this-name"):
+        text.load("~nobody-has-this-name/text")
+
+
+def test_names_of_files_may_be_any_bytes(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(path, "wb") as file:
+        file.write(b"to be " * 50)
+    for name in (path, os.fsencode(tmp_path)):
+        assert text.load(os.fsdecode(name)).train.size == 270

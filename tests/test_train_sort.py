@@ -15,6 +15,7 @@ from hyperlayer_jax import soft_quicksort
 pytest.importorskip("tensorboardX", reason="launchers need the extra train")
 
 from train import augment, data, sort
+from train.runs import load_run
 
 SMALL = {"steps": 3, "width": 8, "batch_size": 2}
 
@@ -40,13 +41,14 @@ def digits():
     ids=str,
 )
 def test_trains_evaluates_and_leaves_its_files(tmp_path, options):
-    result = sort.train_and_evaluate(sort.Config(**SMALL, **options), tmp_path)
+    config = sort.Config(**SMALL, **options)
+    result = sort.train_and_evaluate(config, tmp_path)
     assert {"exact_match", "element_wise", "train_seconds", "compile_seconds"} <= set(result)
     assert result["steps"] == 3 and result["test_examples"] == 10_000
     assert 0 <= result["exact_match"] <= result["element_wise"] <= 1
     assert result["exact_match"] == 1 or options["size"] > 1
     assert (tmp_path / "sorted.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "params").is_dir()
+    assert load_run(tmp_path)[1] == config
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
 

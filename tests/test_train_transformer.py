@@ -10,7 +10,8 @@ from flax import nnx
 
 pytest.importorskip("tensorboardX", reason="launchers need the extra train")
 
-from train import transformer
+from train import patterns, transformer
+from train.runs import load_run
 
 SMALL = {
     "steps": 2, "features": 8, "num_heads": 2, "length": 16, "batch_size": 2, "num_tuples": 1,
@@ -52,14 +53,15 @@ def test_trains_evaluates_and_leaves_its_files(tmp_path, corpus, options):
     for name in ("attention-0.png", f"attention-{config.steps}.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "--- continued:" in (tmp_path / "continued.txt").read_text()
-    assert (tmp_path / "params").is_dir()
+    assert load_run(tmp_path)[1] == config
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
 
 
 @pytest.mark.slow
 def test_finds_an_offset_that_it_is_not_told(tmp_path):
-    config = transformer.Config(task="offset", offset=6, length=16, num_global=4, steps=800)
+    options = {"offset": 6, "length": 16, "num_global": 4, "steps": 800, "mesh": "data:1"}
+    config = transformer.Config(task="offset", **options)
     result = transformer.train_and_evaluate(config, tmp_path)
     assert result["solved_at"] < 800 and result["steady"] == 1
     assert result["loss"] < 0.001
@@ -87,7 +89,7 @@ def test_pictures_are_in_units_of_tokens(layer, extent):
     """Blocks are of 8 tokens and go beyond the end; of rows there is one in every 4 tokens."""
     options = {"layers": layer, "length": 32, "features": 8, "num_heads": 2}
     model = transformer.make_model(transformer.Config(**options, block=8, stride=4))
-    first, second = transformer.draw_patterns(model, np.zeros(22, np.int32)).axes
+    first, second = patterns.draw_patterns(model, np.zeros(22, np.int32)).axes
     for axes in (first, second):
         assert tuple(axes.images[0].get_extent()) == extent
         assert axes.get_xlim() == (0, 22) and axes.get_ylim() == (22, 0)
@@ -96,7 +98,7 @@ def test_pictures_are_in_units_of_tokens(layer, extent):
 def test_pictures_show_the_largest_weight_of_each_square():
     weights = np.zeros((600, 600), np.float32)
     weights[599, 0] = 1
-    shown, sizes = transformer._squares(weights)
+    shown, sizes = patterns.squares(weights)
     assert shown.shape == (200, 200) and sizes == [3, 3]
     assert shown[199, 0] == 1 and shown.sum() == 1
 
@@ -127,8 +129,9 @@ def test_the_step_size_warms_up_and_long_gradients_are_clipped():
 
 @pytest.mark.parametrize(("task", "shorter"), [("text", False), ("offset", True)])
 def test_steps_of_positions_are_kept_short_on_the_offset_task(task, shorter):
+    options = {"offset": 9} if task == "offset" else {}
     config = transformer.Config(
-        task=task, layers="s", length=64, offset=9, learning_rate=1.0, warmup=0, steps=10
+        task=task, layers="s", length=64, learning_rate=1.0, warmup=0, steps=10, **options
     )
     model = transformer.make_model(config)
     params = nnx.state(model, nnx.Param)
@@ -148,6 +151,12 @@ def test_steps_of_positions_are_kept_short_on_the_offset_task(task, shorter):
         ({"learning_rate": 0.0}, "--learning_rate"),
         ({"num_heads": 3}, "--num_heads"),
         ({"length": 1}, "--length"),
+        ({"length": 16, "num_tuples": 17}, "--num_tuples must be at most --length=16, got 17"),
+        ({"offset": 9}, "--offset has no effect with --task=text"),
+        (
+            {"task": "offset", "corpus": "a", "temperature": 1.0},
+            "--corpus .*; --temperature has no",
+        ),
         ({"task": "offset", "offset": 9, "length": 9}, "--offset"),
     ],
 )

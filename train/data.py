@@ -1,9 +1,12 @@
 """Images and labels of the tasks that look at digits, as NumPy arrays in memory."""
 
+import bz2
+import contextlib
 import dataclasses
 import gzip
 import importlib.util
 import logging
+import lzma
 import math
 import pathlib
 import socket
@@ -16,8 +19,12 @@ import numpy as np
 from sklearn import datasets
 
 Name = Literal["digits", "mnist", "fashion_mnist", "kmnist", "svhn_cropped"]
+# Those that are read from, or kept in, a folder that the user names.
+WITH_FOLDER = tuple(name for name in typing.get_args(Name) if name != "digits")
 
-_GZIP_MAGIC = b"\x1f\x8b"
+MOST_BYTES = 2**31 - 1
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_MAGIC_BYTES = max(map(len, _COMPRESSED))
 # Asked before a download, which would otherwise try again for minutes.
 _DOWNLOAD_HOST = ("storage.googleapis.com", 443)
 
@@ -68,13 +75,25 @@ def load(name: Name, data_dir: str | None = None) -> Dataset:
         case "digits":
             return _load_digits()
         case "mnist" | "fashion_mnist" | "kmnist" if data_dir is not None:
-            folder = pathlib.Path(data_dir)
+            folder = expanded(data_dir)
             return _hold_out(_read_pair(folder, "train"), _read_pair(folder, "t10k"), folder)
         case "mnist" | "fashion_mnist" | "kmnist" | "svhn_cropped":
             return _load_tfds(name, data_dir)
         case _:
             names = ", ".join(map(repr, typing.get_args(Name)))
             raise DataError(f"--dataset must be one of {names}, got {name!r}")
+
+
+def expanded(path: str) -> pathlib.Path:
+    """The path that a user wrote, without the `~`.
+
+    Raises:
+      DataError: there is no such user.
+    """
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _load_digits() -> Dataset:
@@ -89,6 +108,9 @@ def _load_digits() -> Dataset:
 
 def _hold_out(fit: Split, test: Split, source: object) -> Dataset:
     """Makes the last twelfth of what is for fitting the validation split."""
+    if fit.images.shape[1:] != test.images.shape[1:]:
+        shapes = " and ".join(str(split.images.shape[1:]) for split in (fit, test))
+        raise DataError(f"{source}: training and test images of different shapes, {shapes}")
     first = len(fit.labels) - math.ceil(len(fit.labels) / 12)
     if first < 1:
         raise DataError(f"{source}: {len(fit.labels)} training image, wanted at least 2")
@@ -131,6 +153,7 @@ def open_tfds(
     # It warns of a set that is not prepared, which is what we are about to tell ourselves.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        data_dir = data_dir and str(expanded(data_dir))
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise DataError(f"{flag}: {str(error).splitlines()[0]}{otherwise}") from error
@@ -208,17 +231,23 @@ def read(path: pathlib.Path, *, unpack: bool) -> bytes:
 
     Args:
       path: of the file.
-      unpack: whether what is gzipped comes plain.
+      unpack: whether what is compressed by gzip, bzip2 or xz comes plain.
 
     Raises:
-      DataError: it cannot be read, or unpacked.
+      DataError: it cannot be read, or unpacked, or is longer than int32 counts.
     """
     try:
-        content = path.read_bytes()
-        zipped = unpack and content.startswith(_GZIP_MAGIC)
-        return gzip.decompress(content) if zipped else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        with path.open("rb") as file:
+            start = file.read(_MAGIC_BYTES)
+            file.seek(0)
+            kinds = [opened for magic, opened in _COMPRESSED.items() if start.startswith(magic)]
+            with kinds[0](file) if unpack and kinds else contextlib.nullcontext(file) as plain:
+                content = plain.read(MOST_BYTES + 1)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError) as error:
+        raise DataError(f"{path}: cannot be read: {str(error) or 'out of memory'}") from error
+    if len(content) > MOST_BYTES:
+        raise DataError(f"{path}: has more than {MOST_BYTES} bytes")
+    return content
 
 
 def _read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:

@@ -10,7 +10,6 @@ python -m train.glimpse --dataset=mnist --data_dir=mnist --digit_size=28 --canva
 
 import dataclasses
 import functools
-import itertools
 import math
 import pathlib
 from typing import Any, Literal
@@ -30,8 +29,9 @@ from hyperlayer_jax.nn import (
     SpatialTransformer,
     reinforce_loss,
 )
-from train import data, figures, launcher, loop
+from train import data, devices, figures, launcher, loop, runs
 from train.clutter import clutter
+from train.layers import Convolutions, Mlp
 
 _NUM_CLASSES = 10
 _NUM_EVALUATIONS = 20
@@ -39,6 +39,10 @@ _NUM_EVALUATIONS = 20
 _MIN_CANVASES = 5000
 _CANVASES_AT_ONCE = 1000
 _NUM_SHOWN = 5
+# Models with glimpses at all, and those that sample points.
+_GLIMPSING = ("box", "quad", "affine", "stn", "reinforce")
+_SAMPLED = ("box", "quad", "affine")
+_DRAWN = ("patches", "means", "sigmas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +52,50 @@ class Config(launcher.Config):
     model: Literal["box", "quad", "affine", "stn", "reinforce", "conv"] = launcher.flag(
         "box", "Shape of the glimpses, or the rival to train instead."
     )
-    head: Literal["mlp", "conv"] = launcher.flag("mlp", "Classifier of the glimpses.")
-    hidden: int = launcher.flag(256, "Width of the dense layers.", minimum=1)
-    glimpses: int = launcher.flag(2, "Number of glimpses.", minimum=1)
-    glimpse_size: int = launcher.flag(12, "Rows and columns of a glimpse.", minimum=1)
-    num_global: int = launcher.flag(0, "Points per pixel drawn from all of the canvas.", minimum=0)
-    num_local: int = launcher.flag(0, "Points per pixel drawn from its region.", minimum=0)
-    region: int = launcher.flag(5, "Rows and columns of the region.", minimum=1)
-    sigma_scale: float = launcher.flag(0.03, "First sigma, in canvases, over log 2.", above=0)
-    min_sigma: float = launcher.flag(0.0, "Smallest sigma, in pixels.", minimum=0.0)
+    head: Literal["mlp", "conv"] = launcher.flag(
+        "mlp", "Classifier of the glimpses.", only={"model": _GLIMPSING}
+    )
+    hidden: int = launcher.flag(256, "Width of the dense layers.", minimum=1, below=2**16)
+    glimpses: int = launcher.flag(
+        2, "Number of glimpses.", minimum=1, below=2**10, only={"model": _GLIMPSING}
+    )
+    glimpse_size: int = launcher.flag(12, "Rows and columns of a glimpse.", minimum=1, below=2**12)
+    num_global: int = launcher.flag(
+        0,
+        "Points per pixel drawn from all of the canvas.",
+        minimum=0,
+        below=2**16,
+        only={"model": _SAMPLED},
+    )
+    num_local: int = launcher.flag(
+        0,
+        "Points per pixel drawn from its region.",
+        minimum=0,
+        below=2**16,
+        only={"model": _SAMPLED},
+    )
+    region: int = launcher.flag(
+        5, "Rows and columns of the region.", minimum=1, only={"model": _SAMPLED}
+    )
+    sigma_scale: float = launcher.flag(
+        0.03, "First sigma, in canvases, over log 2.", above=0, only={"model": _SAMPLED}
+    )
+    min_sigma: float = launcher.flag(
+        0.0, "Smallest sigma, in pixels.", minimum=0.0, only={"model": _SAMPLED}
+    )
     coarseness: int = launcher.flag(2, "Pixels averaged along each axis to decide.", minimum=1)
     dataset: data.Name = launcher.flag("digits", "Images to classify.")
-    data_dir: str | None = launcher.flag(None, "Folder of a data set that is not bundled.")
-    digit_size: int = launcher.flag(14, "Rows and columns that digits are resized to.", minimum=1)
-    canvas: int = launcher.flag(32, "Rows and columns of a canvas.", minimum=1)
-    num_patches: int = launcher.flag(3, "Pieces of other digits on a canvas.", minimum=0)
+    data_dir: str | None = launcher.flag(
+        None, "Folder of a data set that is not bundled.", only={"dataset": data.WITH_FOLDER},
+        fixed=False,
+    )  # fmt: skip
+    digit_size: int = launcher.flag(
+        14, "Rows and columns that digits are resized to.", minimum=1, below=2**12
+    )
+    canvas: int = launcher.flag(32, "Rows and columns of a canvas.", minimum=1, below=2**13)
+    num_patches: int = launcher.flag(
+        3, "Pieces of other digits on a canvas.", minimum=0, below=2**12
+    )
     patch_size: int = launcher.flag(6, "Rows and columns of a piece.", minimum=1)
     rotation: float = launcher.flag(0.0, "Digits turn by up to so many degrees.", minimum=0.0)
     scaling: float = launcher.flag(0.0, "Digits grow or shrink by up to this part.", minimum=0.0)
@@ -70,7 +103,7 @@ class Config(launcher.Config):
         0.1, "More scaling, and a hundred times it more rotation, of training digits.", minimum=0.0
     )
     steps: int = launcher.flag(18000, "Number of updates.", minimum=1)
-    batch_size: int = launcher.flag(64, "Canvases in an update.", minimum=1)
+    batch_size: int = launcher.flag(64, "Canvases in an update.", minimum=1, below=2**20)
     learning_rate: float = launcher.flag(1e-3, "Largest size of a step.", above=0)
     average: float = launcher.flag(
         0.999, "Decay of the mean of the parameters.", minimum=0.0, below=1
@@ -95,55 +128,13 @@ class Config(launcher.Config):
             raise ValueError("--scaling and --augment must stay below 1 together")
 
 
-class _Mlp(nnx.Module):
-    """Dense layers, a ReLU between them, on all that is behind the batch axis."""
-
-    def __init__(self, sizes: list[int], rngs: nnx.Rngs):
-        self.layers = nnx.List(nnx.Linear(*pair, rngs=rngs) for pair in itertools.pairwise(sizes))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        *hidden, last = self.layers
-        x = x.reshape(len(x), -1)
-        for layer in hidden:
-            x = nnx.relu(layer(x))
-        return last(x)
-
-
-class _Convolutions(nnx.Module):
-    """3 x 3 convolutions, after each a ReLU and the largest of 2 x 2.
-
-    Convolutions are matrix products over neighbourhoods: in a loop, such as that over training
-    steps, the gradient of XLA's own takes a hundred times as long on CPU (jax issue 12868).
-    """
-
-    def __init__(self, channels: list[int], rngs: nnx.Rngs):
-        self.layers = nnx.List(
-            nnx.Linear(9 * before, behind, rngs=rngs)
-            for before, behind in itertools.pairwise(channels)
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for layer in self.layers:
-            x = layer(_neighbourhoods(x))
-            x = nnx.max_pool(nnx.relu(x), (2, 2), (2, 2), padding="SAME")
-        return x
-
-
-def _neighbourhoods(x: jax.Array) -> jax.Array:
-    """The 3 x 3 pixels around each: [B, H, W, C] -> [B, H, W, 9 C], 0 beyond the border."""
-    _, height, width, _ = x.shape
-    x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-    shifted = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return jnp.concatenate(shifted, axis=-1)
-
-
 def _make_head(config: Config, size: int, channels: list[int], count: int, rngs: nnx.Rngs):
     """Convolutions on `count` images of size x size, and dense layers on what comes out of all."""
     for _ in channels[1:]:
         size = math.ceil(size / 2)
     features = count * size**2 * channels[-1]
-    dense = _Mlp([features, 2 * config.hidden, config.hidden, _NUM_CLASSES], rngs)
-    return _Convolutions(channels, rngs), dense
+    dense = Mlp([features, 2 * config.hidden, config.hidden, _NUM_CLASSES], rngs)
+    return Convolutions(channels, rngs), dense
 
 
 class GlimpseClassifier(nnx.Module):
@@ -152,7 +143,7 @@ class GlimpseClassifier(nnx.Module):
     def __init__(self, config: Config, channels: int, rngs: nnx.Rngs):
         self.coarseness = config.coarseness
         coarse = config.canvas // config.coarseness
-        self.locator = _Mlp([coarse**2 * channels, config.hidden, config.hidden], rngs)
+        self.locator = Mlp([coarse**2 * channels, config.hidden, config.hidden], rngs)
         aim = (config.hidden, (config.glimpse_size,) * 2, config.glimpses)
         match config.model:
             case "stn":
@@ -231,7 +222,8 @@ def loss_fn(config: Config, model: nnx.Module, key: jax.Array, step: jax.Array, 
     del step
     digit_key, canvas_key = jax.random.split(key)
     chosen = jax.random.randint(digit_key, (config.batch_size,), 0, len(split.labels))
-    logits, glimpses = model(draw_canvases(config, canvas_key, split, chosen, config.augment))
+    images = draw_canvases(config, canvas_key, split, chosen, config.augment)
+    logits, glimpses = model(devices.shard(images))
     labels = split.labels[chosen]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     right = (logits.argmax(-1) == labels).astype(jnp.float32)
@@ -294,49 +286,75 @@ def draw_glimpses(figure: Figure, images: np.ndarray, glimpses: Glimpses, title:
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains on the training split and tests once, at the end; draws what the model looks at."""
     dataset = data.load(config.dataset, config.data_dir)
+    channels = dataset.train.images.shape[-1]
+    examples = sum(len(split.labels) for split in (dataset.train, dataset.validation, dataset.test))
+    devices.check_fits("the digits", 16 * examples * config.digit_size**2 * channels)
+    devices.check_fits("the canvases", 16 * _CANVASES_AT_ONCE * config.canvas**2 * channels)
     train, validation, test = (
         _resize(split, config.digit_size)
         for split in (dataset.train, dataset.validation, dataset.test)
     )
     key, validation_key, shown_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
-    shown = np.arange(min(_NUM_SHOWN, len(validation.labels)), dtype=np.int32)
-    shown = draw_canvases(config, shown_key, validation, shown)
-    figure = Figure(
-        figsize=(1.5 * (1 + config.glimpses), 1.5 * len(shown)), dpi=80, layout="constrained"
-    )
-    frames = []
     evaluate_every = math.ceil(config.steps / _NUM_EVALUATIONS)
 
+    @functools.cache
+    def shown():
+        chosen = np.arange(min(_NUM_SHOWN, len(validation.labels)), dtype=np.int32)
+        return draw_canvases(config, shown_key, validation, chosen)
+
     def evaluate(model, step):
-        _, glimpses = _predict(*nnx.split(model), shown)
-        if glimpses is not None:
-            frames.append((figure, shown, jax.device_get(glimpses), f"step {step}"))
-            if step in (0, _NUM_EVALUATIONS // 2 * evaluate_every, config.steps):
-                draw_glimpses(*frames[-1])
-                figures.save_png(figure, workdir / f"glimpses-{step}.png")
+        del step
+        _, glimpses = _predict(*nnx.split(model), shown())
+        arrays = {} if glimpses is None else {name: getattr(glimpses, name) for name in _DRAWN}
         error, _ = error_rate(config, model, validation_key, validation)
-        return {"validation_error": error}
+        return {"validation_error": error, **arrays}
 
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(500, config.steps // 10), config.steps
     )
-    model, result = loop.train(
-        make_model(config, train.images.shape[-1]),
+    trained = loop.train(
+        loop.build(make_model, config, channels),
         optax.adam(schedule),
         functools.partial(loss_fn, config),
         train,
+        config=config,
         key=key,
         steps=config.steps,
         workdir=workdir,
+        inputs=(channels,),
+        batch_size=config.batch_size,
         average=config.average,
         evaluate=evaluate,
         evaluate_every=evaluate_every,
+        best=lambda validation: -validation["validation_error"],
     )
-    if frames:
-        draw = lambda frame: draw_glimpses(*frame)  # noqa: E731
-        figures.save_gif(figure, draw, frames, workdir / "glimpses.gif", frames_per_second=4)
-    error, count = error_rate(config, model, test_key, test)
-    return {"error": error, **result, "test_examples": count}
+    error, count = error_rate(config, trained.model, test_key, test)
+    print(f"error on {count} canvases of test images: {error:.4f}")
+
+    def draw():
+        if config.model != "conv":
+            draw_history(config, trained.history, shown(), workdir)
+
+    return runs.report(workdir, {"error": error, **trained.figures, "test_examples": count}, draw)
+
+
+def draw_history(
+    config: Config, history: dict[int, dict[str, Any]], shown: jax.Array, workdir: pathlib.Path
+) -> None:
+    """Draws glimpses of canvases `shown` by step: three steps as images, and all as `.gif`."""
+    figure = Figure(
+        figsize=(1.5 * (1 + config.glimpses), 1.5 * len(shown)), dpi=80, layout="constrained"
+    )
+    steps = sorted(history)
+
+    def draw(step):
+        glimpses = Glimpses(*(history[step][name] for name in _DRAWN))
+        draw_glimpses(figure, shown, glimpses, f"step {step}")
+
+    for step in {steps[0], steps[len(steps) // 2], steps[-1]}:
+        draw(step)
+        figures.save_png(figure, workdir / f"glimpses-{step}.png")
+    figures.save_gif(figure, draw, steps, workdir / "glimpses.gif", frames_per_second=4)
 
 
 def _resize(split: data.Split, size: int) -> data.Split:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from hyperlayer_jax import IndexTuples
 from hyperlayer_jax.nn import SparseLinear
-from train import figures, launcher, loop
+from train import devices, figures, launcher, loop, runs
 
 _BATCH = 64
 _TEST_EXAMPLES = 1000
@@ -34,7 +34,9 @@ _FRAMES = 100
 class Config(launcher.Config):
     """How to learn the identity."""
 
-    size: int = launcher.flag(32, "Length of x, and number of index tuples.", minimum=1)
+    size: int = launcher.flag(
+        32, "Length of x, and number of index tuples.", minimum=1, below=2**24
+    )
     steps: int = launcher.flag(10_000, "Number of updates.", minimum=1)
     learning_rate: float = launcher.flag(
         0.005, "Highest step size, at size 128 and in proportion to 1 / size; decays to 0.", above=0
@@ -42,8 +44,12 @@ class Config(launcher.Config):
     sigma_penalty: float = launcher.flag(
         0.01, "Weight in the loss of the mean sigma, in units of the matrix.", minimum=0.0
     )
-    num_global: int = launcher.flag(8, "Points per tuple drawn from the whole matrix.", minimum=0)
-    num_local: int = launcher.flag(4, "Points per tuple drawn near its mean.", minimum=0)
+    num_global: int = launcher.flag(
+        8, "Points per tuple drawn from the whole matrix.", minimum=0, below=2**16
+    )
+    num_local: int = launcher.flag(
+        4, "Points per tuple drawn near its mean.", minimum=0, below=2**16
+    )
     region: int = launcher.flag(8, "Rows and columns that count as near.", minimum=1)
     min_sigma: float = launcher.flag(0.05, "Smallest standard deviation, in cells.", minimum=0.0)
 
@@ -77,10 +83,10 @@ def draw_tuples(axes: Axes, tuples: IndexTuples, size: int, title: str) -> None:
     )
 
 
-def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains the layer, writes `tuples.png` and `tuples.gif`, and returns its figures."""
+def make_model(config: Config) -> SparseLinear:
+    """Makes the layer that a config describes."""
     size = config.size
-    model = SparseLinear(
+    return SparseLinear(
         size,
         size,
         size,
@@ -91,33 +97,10 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         region=config.region,
         rngs=nnx.Rngs(config.seed),
     )
-    history = {}
 
-    def loss_fn(model, key, step, data):
-        del step, data
-        x = jax.random.normal(key, (_BATCH, size))
-        sigma = jnp.mean(model.layer.hypernetwork().sigmas) / size
-        return jnp.mean((model(x) - x) ** 2) + config.sigma_penalty * sigma, {}
 
-    free_tuples = nnx.jit(lambda model: model.layer.hypernetwork())
-
-    def evaluate(model, step):
-        history[step] = jax.device_get(free_tuples(model))
-        return {"mse": float(test_error(model, size))}
-
-    # A step of the same length in cells, whatever the size.
-    learning_rate = config.learning_rate * 128 / size
-    model, run = loop.train(
-        model,
-        optax.adam(optax.cosine_decay_schedule(learning_rate, config.steps)),
-        loss_fn,
-        (),
-        key=jax.random.key(config.seed),
-        steps=config.steps,
-        workdir=workdir,
-        evaluate=evaluate,
-        evaluate_every=max(1, config.steps // _FRAMES),
-    )
+def draw_history(history: dict[int, IndexTuples], size: int, workdir: pathlib.Path) -> None:
+    """Draws tuples by step: three steps to `tuples.png`, and all to `tuples.gif`."""
     steps = sorted(history)
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     shown = [steps[0], steps[len(steps) // 10], steps[-1]]
@@ -135,10 +118,54 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     figures.save_gif(figure, draw, steps, workdir / "tuples.gif")
-    mse = float(test_error(model, size))
+
+
+def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains the layer, writes `tuples.png` and `tuples.gif`, and returns its figures."""
+    size = config.size
+    devices.check_fits("the test examples", 16 * _TEST_EXAMPLES * size)
+
+    def loss_fn(model, key, step, data):
+        del step, data
+        x = devices.shard(jax.random.normal(key, (_BATCH, size)))
+        sigma = jnp.mean(model.layer.hypernetwork().sigmas) / size
+        return jnp.mean((model(x) - x) ** 2) + config.sigma_penalty * sigma, {}
+
+    free_tuples = nnx.jit(lambda model: model.layer.hypernetwork())
+
+    def evaluate(model, step):
+        del step
+        tuples = free_tuples(model)
+        arrays = {name: getattr(tuples, name) for name in ("means", "sigmas", "values")}
+        return {"mse": test_error(model, size), **arrays}
+
+    # A step of the same length in cells, whatever the size.
+    learning_rate = config.learning_rate * 128 / size
+    trained = loop.train(
+        loop.build(make_model, config),
+        optax.adam(optax.cosine_decay_schedule(learning_rate, config.steps)),
+        loss_fn,
+        (),
+        config=config,
+        key=jax.random.key(config.seed),
+        steps=config.steps,
+        workdir=workdir,
+        batch_size=_BATCH,
+        evaluate=evaluate,
+        evaluate_every=max(1, config.steps // _FRAMES),
+    )
+    mse = float(test_error(trained.model, size))
     print(f"mean squared error with rounded means: {mse:.4g}")
     print(f"pictures: {workdir / 'tuples.png'}, {workdir / 'tuples.gif'}")
-    return {"mse": mse, **run, "test_examples": _TEST_EXAMPLES}
+    history = {
+        step: IndexTuples(results["means"], results["sigmas"], results["values"])
+        for step, results in trained.history.items()
+    }
+    return runs.report(
+        workdir,
+        {"mse": mse, **trained.figures, "test_examples": _TEST_EXAMPLES},
+        lambda: draw_history(history, size, workdir),
+    )
 
 
 if __name__ == "__main__":

@@ -1,85 +1,28 @@
 """From a dataclass to a command: flags, a folder for the run, and a closing line of JSON."""
 
 import contextlib
-import dataclasses
 import datetime
-import itertools
-import json
-import operator
 import os
 import pathlib
-import signal
 import sys
-import types
 import typing
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-from absl import flags
+import jax
 
+from train import devices, runs
+from train.checkpoints import CheckpointError
+from train.config import DISTRIBUTED, Config, FlagError, flag, make, parse
 from train.data import DataError
+from train.process import Interrupted, leave_on_signals, outlive_streams
 
-flags.disclaim_key_flags()
+__all__ = ["Config", "flag", "launch"]
 
-_DEFINE = {
-    bool: flags.DEFINE_bool,
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    str: flags.DEFINE_string,
-}
+# What is left where a run was killed before it began.
+_BEFORE_A_RUN = {".lock", ".model.json", "model.json", ".config.json"}
 
-_BOUNDS = (
-    ("minimum", "at least", operator.ge),
-    ("above", "above", operator.gt),
-    ("below", "below", operator.lt),
-)
-
-_Config = typing.TypeVar("_Config", bound="Config")
-
-
-def flag(
-    default: Any,
-    help: str,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A field of a config: the default and the help text of its flag, and what values it takes.
-
-    Args:
-      default: of the field.
-      help: a sentence or two.
-      minimum: the least value.
-      above: a bound that no value reaches.
-      below: another, from the other side.
-    """
-    for word, bound in (("Above", above), ("Below", below)):
-        help = help if bound is None else f"{help} {word} {bound}."
-    bounds = {"minimum": minimum, "above": above, "below": below}
-    return dataclasses.field(default=default, metadata={"help": help, **bounds})
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What every task can be told. Tasks add fields, each made with `flag`.
-
-    A field is a bool, int, float, str or `Literal` of strings, or one of these `| None`. For rules
-    that concern several fields, extend `__post_init__`: a `ValueError` that names the flag.
-
-    Raises:
-      ValueError: a field is out of its bounds, or NaN where there are any.
-    """
-
-    seed: int = flag(0, "Seed of everything random.", minimum=0, below=2**32)
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            for bound, words, holds in _BOUNDS:
-                limit = field.metadata[bound]
-                if None not in (value, limit) and not holds(value, limit):
-                    raise ValueError(f"--{field.name} must be {words} {limit}, got {value}")
+_Config = typing.TypeVar("_Config", bound=Config)
 
 
 def launch(
@@ -88,105 +31,84 @@ def launch(
 ) -> None:
     """Runs a task from the command line; to be called by a script that is `__main__`.
 
-    Makes the run's folder, writes `config.json` there, and prints the figures that
-    `train_and_evaluate(config, workdir)` returns as the last line of standard output. What the
-    user can mend is one line on standard error: exit status 2 for a wrong flag, 1 for data that
-    cannot be used or a loss that is not finite, 130 for Ctrl-C.
+    Prints the figures that `train_and_evaluate(config, workdir)` returns as the last line of
+    standard output. In the folder of a run, it continues that run: flags that are not given are
+    those of the run. What the user can mend is one line on standard error: exit status 2 for a
+    wrong flag, 1 for data that cannot be used, a figure that is not finite or a file that cannot be
+    written, and 128 and the number of a signal (130 for Ctrl-C).
     """
-    # A text may hold what a terminal cannot show.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        config, workdir = _parse(config_class, sys.argv)
-    except (flags.Error, ValueError) as error:
-        _exit(error, 2)
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    try:
-        workdir = _make_workdir(workdir, pathlib.Path(sys.argv[0]).stem)
-        (workdir / "config.json").write_text(text)
-    except OSError as error:
-        _exit(f"--workdir: {error}", 2)
-    try:
-        with _leave_on_interrupt(f"interrupted; see {workdir}"):
-            print(f"writing to {workdir}", flush=True)
+    outlive_streams()
+    with runs.session(), contextlib.ExitStack() as stack:
+        try:
+            request = parse(config_class, sys.argv)
+            _join(request.given.get("distributed"), request.workdir)
+            workdir = _workdir(request.workdir, pathlib.Path(sys.argv[0]).stem)
+            config = _config(config_class, request.given, workdir)
+            if (workdir / ".lock").exists():
+                stack.enter_context(runs.owned(workdir))
+            stack.enter_context(leave_on_signals(workdir))
             figures = train_and_evaluate(config, workdir)
-    except (DataError, FloatingPointError) as error:
-        _exit(error, 1)
-    except KeyboardInterrupt as interrupt:
-        _exit(f"{interrupt}; see {workdir}", 130)
-    print(json.dumps(figures, default=lambda scalar: scalar.item()))
+        except FlagError as error:
+            _exit(error, 2)
+        except (DataError, FloatingPointError, CheckpointError) as error:
+            _exit(error, 1)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXH" not in str(error):
+                raise
+            _exit(f"out of memory: {str(error)[:200]}; see {workdir}", 1)
+        except OSError as error:
+            _exit(f"{error}; see {workdir}", 1)
+        except runs.PicturesError as error:
+            print(runs.to_json(error.figures), flush=True)
+            _exit(error, 1)
+        except Interrupted as interrupt:
+            _exit(f"{interrupt}; see {workdir}", 128 + interrupt.signum)
+        print(runs.to_json(figures), flush=True)
 
 
-def _parse(config_class: type[_Config], argv: list[str]) -> tuple[_Config, str | None]:
-    """Returns the config and the value of --workdir, or prints the help that was asked for."""
-    values = flags.FlagValues()
-    for field in dataclasses.fields(config_class):
-        _define(field, typing.get_type_hints(config_class)[field.name], values)
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "New or empty folder for the run; by default a new one under runs/.",
-        flag_values=values,
-    )
-    flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
-    _, *rest = values(argv)
-    if values.help:
-        print(sys.modules["__main__"].__doc__, values.get_help(include_special_flags=False))
-        sys.exit(0)
-    if rest:
-        raise flags.Error(f"unexpected argument {rest[0]!r}: flags are written --name=value")
-    names = [field.name for field in dataclasses.fields(config_class)]
-    return config_class(**{name: values[name].value for name in names}), values.workdir
+def _join(distributed: str | None, workdir: str | None) -> None:
+    """Makes this process one of several, if it is asked to."""
+    if distributed is None or not DISTRIBUTED.fullmatch(distributed):
+        return
+    if workdir is None:
+        raise FlagError("--distributed needs --workdir, the same for all processes")
+    devices.join(distributed)
+    if jax.process_index() > 0:
+        # One voice is enough.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _define(field: dataclasses.Field, hint: Any, values: flags.FlagValues) -> None:
-    if types.NoneType in typing.get_args(hint):
-        (hint,) = set(typing.get_args(hint)) - {types.NoneType}
-    minimum = field.metadata["minimum"]
-    arguments = (field.name, field.default)
-    help = field.metadata["help"]
-    if typing.get_origin(hint) is Literal:
-        flags.DEFINE_enum(*arguments, typing.get_args(hint), help, flag_values=values)
-    elif minimum is not None:
-        _DEFINE[hint](*arguments, help, lower_bound=minimum, flag_values=values)
-    else:
-        _DEFINE[hint](*arguments, help, flag_values=values)
+def _config(config_class: type[_Config], given: dict[str, Any], workdir: pathlib.Path) -> _Config:
+    """The config of the flags that are given, and otherwise of the run in the folder, if any."""
+    if not runs.is_run(workdir):
+        config = make(config_class, given)
+        if config.mode == "eval":
+            raise FlagError(f"--mode=eval needs --workdir, the folder of a run, got {workdir}")
+        return config
+    values = runs.read_config(workdir, config_class)
+    config = make(config_class, values | {"mode": "train"} | given)
+    problems = runs.differences(config, values)
+    if problems:
+        raise FlagError(f"--workdir: {workdir} has another run: {', '.join(problems)}")
+    return config
 
 
-def _make_workdir(workdir: str | None, task: str) -> pathlib.Path:
-    """Makes the folder that the user asked for, or else a new one, also in a race."""
-    if workdir is not None:
-        path = pathlib.Path(workdir)
-        path.mkdir(parents=True, exist_ok=True)
-        # What a run leaves that ended before it began.
-        if {entry.name for entry in path.iterdir()} - {"config.json"}:
-            raise FileExistsError(f"{path} is not empty, want a new folder or an empty one")
-        return path
-    name = f"{task}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
-        with contextlib.suppress(FileExistsError):
-            path = pathlib.Path("runs", name + suffix)
-            path.mkdir(parents=True)
-            return path
-
-
-@contextlib.contextmanager
-def _leave_on_interrupt(message: str) -> Iterator[None]:
-    """Makes Ctrl-C leave at once, where the training loop does not defer it.
-
-    Python's own way, an exception from anywhere, may be swallowed by a callback of JAX, and may
-    crash the interpreter as it unwinds. All files are either whole or lines, so this loses nothing.
-    """
-
-    def leave(signum, frame):
-        os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
-        os._exit(130)
-
-    previous = signal.signal(signal.SIGINT, leave)
+def _workdir(workdir: str | None, task: str) -> pathlib.Path:
+    """The folder that the user asked for, or a new one, which is not made yet."""
+    if workdir is None:
+        return pathlib.Path("runs", f"{task}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
+    if "://" in workdir:
+        raise FlagError(f"--workdir must be a folder of this machine, got {workdir}")
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        path = pathlib.Path(workdir).expanduser()
+        if path.exists() and not runs.is_run(path):
+            if {entry.name for entry in path.iterdir()} - _BEFORE_A_RUN:
+                raise FileExistsError(f"{path} is not empty, and not the folder of a run")
+            if not os.access(path, os.W_OK):
+                raise PermissionError(f"{path} cannot be written to")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FlagError(f"--workdir: {error}") from error
+    return path
 
 
 def _exit(message: object, status: int) -> NoReturn:

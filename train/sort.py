@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from hyperlayer_jax import SoftSort, bucket_starts, contract, transpose
 from hyperlayer_jax.nn import SoftQuicksort
-from train import augment, data, figures, launcher, loop
+from train import augment, data, devices, figures, launcher, loop, runs
 
 _ITEMS_PER_BATCH = 256
 _TEST_SETS = 10_000
@@ -36,17 +36,20 @@ _MAX_DIGITS = 9
 class Config(launcher.Config):
     """What to sort and how to learn it."""
 
-    size: int = launcher.flag(8, "Numbers in a set.", minimum=1)
+    size: int = launcher.flag(8, "Numbers in a set.", minimum=1, below=2**16)
     digits: int = launcher.flag(1, "Digits in a number, side by side.", minimum=1)
     dataset: data.Name = launcher.flag("digits", "Where the images of digits come from.")
-    data_dir: str | None = launcher.flag(None, "Folder of the IDX files of --dataset=mnist.")
+    data_dir: str | None = launcher.flag(
+        None, "Folder of the IDX files of --dataset=mnist.", only={"dataset": data.WITH_FOLDER},
+        fixed=False,
+    )  # fmt: skip
     loss: Literal["plain", "means", "separate"] = launcher.flag(
         "means",
         "plain compares the result with the sorted images; means, the mean image of every bucket "
         "at every level; separate carries the sorted images back to every level and trains each "
         "by itself.",
     )
-    num_samples: int = launcher.flag(10, "Random splits per bucket.", minimum=0)
+    num_samples: int = launcher.flag(10, "Random splits per bucket.", minimum=0, below=2**12)
     certainty: float = launcher.flag(
         10.0, "How soon a difference in score decides a split.", above=0
     )
@@ -55,12 +58,17 @@ class Config(launcher.Config):
     )
     steps: int = launcher.flag(6000, "Number of updates.", minimum=1)
     batch_size: int | None = launcher.flag(
-        None, f"Sets per update; by default those of {_ITEMS_PER_BATCH} numbers.", minimum=1
+        None,
+        f"Sets per update; by default those of {_ITEMS_PER_BATCH} numbers.",
+        minimum=1,
+        below=2**20,
     )
     learning_rate: float = launcher.flag(
         2e-3, "Highest step size; warms up, then decays to 0.", above=0
     )
-    width: int = launcher.flag(256, "Units in each of the network's two hidden layers.", minimum=1)
+    width: int = launcher.flag(
+        256, "Units in each of the network's two hidden layers.", minimum=1, below=2**16
+    )
     dropout: float = launcher.flag(
         0.2, "Share of hidden units dropped in training.", minimum=0.0, below=1
     )
@@ -114,6 +122,11 @@ class Sorter(nnx.Module):
         return self.quicksort(images.reshape(*images.shape[:2], -1), scores)
 
 
+def make_model(config: Config, pixels: int) -> Sorter:
+    """Makes the sorter of a config for digits of so many pixels."""
+    return Sorter(config, pixels, rngs=nnx.Rngs(config.seed))
+
+
 def sort_loss(result: SoftSort, target: jax.Array, kind: str) -> jax.Array:
     """The mean squared error of a sort, taken as `--loss` says; target [b, s, pixels], sorted."""
     levels = len(result.permutations)
@@ -136,10 +149,16 @@ def sort_loss(result: SoftSort, target: jax.Array, kind: str) -> jax.Array:
     return sum(losses) / levels
 
 
+def num_sets(config: Config) -> int:
+    """Sets in an update."""
+    return config.batch_size or max(1, _ITEMS_PER_BATCH // config.size)
+
+
 def draw_sets(key: jax.Array, split: data.Split, config: Config) -> tuple[jax.Array, jax.Array]:
     """Draws sets of numbers: images [b, s, digits, h, w, c] and the numbers int32 [b, s]."""
-    sets = config.batch_size or max(1, _ITEMS_PER_BATCH // config.size)
-    chosen = jax.random.randint(key, (sets, config.size, config.digits), 0, len(split.labels))
+    chosen = jax.random.randint(
+        key, (num_sets(config), config.size, config.digits), 0, len(split.labels)
+    )
     return split.images[chosen], to_numbers(split.labels[chosen])
 
 
@@ -223,12 +242,11 @@ def train(
 ) -> tuple[Sorter, dict[str, Any]]:
     """Trains a sorter; returns it, and the figures of the run and of its last validation."""
     validation_sets = fixed_sets(dataset.validation, config, _VALIDATION_SETS)
-    validation = {}
 
     def loss_fn(model, key, step, split):
         del step
         draw_key, augment_key = jax.random.split(key)
-        images, numbers = draw_sets(draw_key, split, config)
+        images, numbers = devices.shard(draw_sets(draw_key, split, config))
         seen = images
         if config.augment:
             digits = images.reshape(-1, *images.shape[-3:])
@@ -242,41 +260,48 @@ def train(
     def evaluate_validation(model, step):
         del step
         result = evaluate(model, dataset.validation, validation_sets)
-        validation.update({f"validation_{name}": figure for name, figure in result.items()})
-        return validation
+        return {f"validation_{name}": figure for name, figure in result.items()}
 
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(200, config.steps // 10), config.steps
     )
-    model, run = loop.train(
+    trained = loop.train(
         model,
         optax.adamw(schedule),
         loss_fn,
         dataset.train,
+        config=config,
         key=jax.random.key(config.seed),
         steps=config.steps,
         workdir=workdir,
+        inputs=(dataset.train.images[0].size,),
+        batch_size=num_sets(config),
         average=0.999,
         evaluate=evaluate_validation,
         evaluate_every=1000,
+        best=lambda validation: validation["validation_exact_match"],
     )
-    return model, {**run, **validation}
+    last = trained.history[max(trained.history)]
+    return trained.model, {**trained.figures, **{name: float(x) for name, x in last.items()}}
 
 
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains a sorter, writes `sorted.png`, and returns its figures on test sets."""
     dataset = data.load(config.dataset, config.data_dir)
     test_sets = fixed_sets(dataset.test, config, _TEST_SETS)
-    model = Sorter(config, dataset.train.images[0].size, rngs=nnx.Rngs(config.seed))
+    model = loop.build(make_model, config, dataset.train.images[0].size)
     model, run = train(model, dataset, config, workdir)
     result = evaluate(model, dataset.test, test_sets)
     picture = workdir / "sorted.png"
-    figures.save_png(draw_picture(model, dataset.test, test_sets[:3]), picture)
     print(f"{len(test_sets)} sets of {config.size} numbers, of test images:")
     print(f"  exact match   {result['exact_match']:.4f}")
     print(f"  element-wise  {result['element_wise']:.4f}")
     print(f"  picture       {picture}")
-    return {**result, **run, "test_examples": len(test_sets)}
+    return runs.report(
+        workdir,
+        {**result, **run, "test_examples": len(test_sets)},
+        lambda: figures.save_png(draw_picture(model, dataset.test, test_sets[:3]), picture),
+    )
 
 
 if __name__ == "__main__":

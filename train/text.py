@@ -1,7 +1,7 @@
 """Texts as bytes, split for a language model, and the models that count pairs of bytes."""
 
 import hashlib
-import os.path
+import os
 import pathlib
 import sysconfig
 from collections.abc import Iterable
@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.data import DataError, open_tfds, read
+from train.data import MOST_BYTES, DataError, expanded, open_tfds, read
 
 NUM_BYTES = 256
-_ZIP_MAGIC = b"PK\x03\x04"
+# Of a zip file, and of what Zstandard packs.
+_PACKED = (b"PK\x03\x04", b"\x28\xb5\x2f\xfd")
+_TAR_MAGIC = slice(257, 262), b"ustar"
 # No set of tensorflow-datasets is called like this.
 _SUFFIXES = (".txt", ".md", ".gz", ".zip")
-_MOST_BYTES = 2**31 - 1
 
 
 class Corpus(NamedTuple):
@@ -39,8 +40,8 @@ def load(name: str, data_dir: str | None = None) -> Corpus:
 
     - `stdlib`: the sources of Python's standard library on this machine, without its tests. They
       differ by version: compare hashes.
-    - a path to a file, gzipped or plain: its bytes. For enwik8 the split is the standard one, 90, 5
-      and 5 million.
+    - a path to a file, plain or compressed by gzip, bzip2 or xz: its bytes. For enwik8 the split
+      is the standard one, 90, 5 and 5 million.
     - a path to a folder: its files that are text (UTF-8).
     - another name: the `text` of the training part of that set of tensorflow-datasets.
 
@@ -50,7 +51,7 @@ def load(name: str, data_dir: str | None = None) -> Corpus:
     Raises:
       DataError: the text is missing, unreadable, empty or longer than int32 counts.
     """
-    path = pathlib.Path(name)
+    path = expanded(name)
     if name == "stdlib":
         library = pathlib.Path(sysconfig.get_paths()["stdlib"])
         left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -60,12 +61,13 @@ def load(name: str, data_dir: str | None = None) -> Corpus:
             if not left_out & set(file.relative_to(library).parts)
         ]
         text = _join(library, files)
-    elif os.path.isdir(name):
+    elif name and os.path.isdir(path):
         text = _join(path, [file for file in path.rglob("*") if file.is_file()])
-    elif os.path.isfile(name):
+    elif os.path.isfile(path):
         text = read(path, unpack=True)
-        if text.startswith(_ZIP_MAGIC):
-            raise DataError(f"--corpus={name}: is a zip file, want what is in it")
+        place, magic = _TAR_MAGIC
+        if text.startswith(_PACKED) or text[place] == magic:
+            raise DataError(f"--corpus={name}: is an archive, want what is in it")
     elif not name or name[0] in "/.~" or path.suffix in _SUFFIXES:
         raise DataError(f"--corpus={name}: there is no such file or folder")
     else:
@@ -78,8 +80,8 @@ def load(name: str, data_dir: str | None = None) -> Corpus:
             otherwise=", or --corpus=PATH, any text",
         )
         text = b"\n".join(example["text"] for example in examples)
-    if not 0 < len(text) <= _MOST_BYTES:
-        raise DataError(f"--corpus={name}: {len(text)} bytes of text, want 1 to {_MOST_BYTES}")
+    if not 0 < len(text) <= MOST_BYTES:
+        raise DataError(f"--corpus={name}: {len(text)} bytes of text, want 1 to {MOST_BYTES}")
     array = np.frombuffer(text, np.uint8)
     parts = np.split(array, [len(array) * 9 // 10, len(array) * 19 // 20])
     return Corpus(*parts, hashlib.sha256(text).hexdigest())
@@ -125,7 +127,7 @@ def count_bits(text: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
 
 def _join(folder: pathlib.Path, files: Iterable[pathlib.Path]) -> bytes:
     def key(file: pathlib.Path) -> bytes:
-        return hashlib.sha256(file.relative_to(folder).as_posix().encode()).digest()
+        return hashlib.sha256(os.fsencode(file.relative_to(folder))).digest()
 
     texts = [read(file, unpack=False) for file in sorted(files, key=key)]
     return b"\n".join(text for text in texts if _is_text(text))

@@ -24,11 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.figure import Figure
 
-from hyperlayer_jax import todense
 from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM, generate, shorten_steps
-from train import figures, launcher, loop, text
+from train import devices, figures, launcher, loop, runs, text
+from train.patterns import draw_patterns
 
 _DEFAULTS = {
     "text": {
@@ -43,8 +42,8 @@ _DEFAULTS = {
 _VALIDATION_WINDOWS, _TEST_WINDOWS, _TOKENS_AT_ONCE = 128, 1024, 2**13
 _NUM_EVALUATIONS = 5
 _SAMPLES, _PROMPT = 3, 64
-# Pictures show the first of the tokens, in squares of so many pixels.
-_TOKENS_DRAWN, _PIXELS = 2048, 256
+# Pictures show the first of the tokens.
+_TOKENS_DRAWN = 2048
 _NUM_TOKENS = 64
 # On the offset task parameters are averaged over about as many steps as there are between looks.
 _SOLVED, _OFFSET_INTERVAL, _OFFSET_AVERAGE = 0.001, 50, 0.98
@@ -64,9 +63,14 @@ class Config(launcher.Config):
         "stdlib",
         "stdlib (the sources of Python's standard library), a text file, a folder of them, or the "
         "name of a set of tensorflow-datasets with a feature called text.",
+        only={"task": ["text"]},
     )
-    data_dir: str | None = launcher.flag(None, "Where tensorflow-datasets keeps its sets.")
-    offset: int = launcher.flag(100, "How far back the offset task asks.", minimum=1)
+    data_dir: str | None = launcher.flag(
+        None, "Where tensorflow-datasets keeps its sets.", only={"task": ["text"]}, fixed=False
+    )
+    offset: int = launcher.flag(
+        100, "How far back the offset task asks.", minimum=1, below=2**24, only={"task": ["offset"]}
+    )
     layers: str | None = launcher.flag(
         None,
         _by_task(
@@ -83,20 +87,24 @@ class Config(launcher.Config):
         "Tokens in an example. By default 256 for text, and for the offset task a quarter more "
         "than the offset, in multiples of 64.",
         minimum=2,
+        below=2**24,
     )
     features: int | None = launcher.flag(
-        None, _by_task("features", "Width of the model."), minimum=1
+        None, _by_task("features", "Width of the model."), minimum=1, below=2**16
     )
     num_heads: int | None = launcher.flag(
-        None, _by_task("num_heads", "Heads of attention."), minimum=1
+        None, _by_task("num_heads", "Heads of attention."), minimum=1, below=2**12
     )
     num_tuples: int | None = launcher.flag(
-        None, _by_task("num_tuples", "Learned positions per token and head."), minimum=1
+        None,
+        _by_task("num_tuples", "Learned positions per token and head."),
+        minimum=1,
+        below=2**12,
     )
     num_global: int | None = launcher.flag(
-        None, _by_task("num_global", "Points per position drawn from all."), minimum=0
+        None, _by_task("num_global", "Points per position drawn from all."), minimum=0, below=2**16
     )
-    num_local: int = launcher.flag(2, "Points per position drawn near it.", minimum=0)
+    num_local: int = launcher.flag(2, "Points per position drawn near it.", minimum=0, below=2**16)
     region: int = launcher.flag(8, "Positions that count as near.", minimum=1)
     window: int = launcher.flag(8, "Tokens that a window sees.", minimum=1)
     stride: int = launcher.flag(8, "One token in so many looks back in a strided layer.", minimum=1)
@@ -106,7 +114,7 @@ class Config(launcher.Config):
     )
     bfloat16: bool = launcher.flag(False, "Computes in bfloat16.")
     steps: int | None = launcher.flag(None, _by_task("steps", "Number of updates."), minimum=1)
-    batch_size: int = launcher.flag(8, "Examples in an update.", minimum=1)
+    batch_size: int = launcher.flag(8, "Examples in an update.", minimum=1, below=2**20)
     learning_rate: float | None = launcher.flag(
         None, _by_task("learning_rate", "Highest step size."), above=0
     )
@@ -114,7 +122,9 @@ class Config(launcher.Config):
         100, "Updates until the step size is highest; half of --steps at most.", minimum=0
     )
     clip: float = launcher.flag(1.0, "Largest norm of a gradient.", above=0)
-    temperature: float = launcher.flag(0.7, "Of the continuations that are drawn.", minimum=0.0)
+    temperature: float = launcher.flag(
+        0.7, "Of the continuations that are drawn.", minimum=0.0, only={"task": ["text"]}
+    )
 
     def __post_init__(self):
         quarter_more = 64 * math.ceil(1.25 * self.offset / 64)
@@ -123,6 +133,10 @@ class Config(launcher.Config):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
+        if self.num_tuples > self.length:
+            raise ValueError(
+                f"--num_tuples must be at most --length={self.length}, got {self.num_tuples}"
+            )
         if self.task == "offset" and self.offset >= self.length:
             raise ValueError(f"--offset must be below --length={self.length}, got {self.offset}")
         try:
@@ -195,62 +209,12 @@ def bits_per_byte(model: TransformerLM, windows: np.ndarray) -> float:
     return total / len(windows) / math.log(2)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _weights(graphdef, state, tokens):
-    """Of each layer the weights [heads, rows, columns] of its pattern for tokens [T], or None."""
-    patterns = nnx.merge(graphdef, state).patterns(tokens[None])
-    dense = [None if pattern is None else todense(pattern) for pattern in patterns]
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), dense)
-
-
-def draw_patterns(model: TransformerLM, tokens: np.ndarray) -> Figure | None:
-    """Where the heads of each layer look in tokens int32 [T], in evaluation.
-
-    Layers without a pattern are left out; None if there is no other.
-    """
-    graphdef, state = nnx.split(nnx.view(model, deterministic=True))
-    length, pictures = len(tokens), []
-    for index, heads in enumerate(_weights(graphdef, state, tokens)):
-        layer = model.blocks[index].attention
-        for head, fine in enumerate([] if heads is None else np.asarray(heads)):
-            weights, squares = _squares(fine)
-            # An entry is of a block of tokens, or a row of every so many.
-            height = {"block": layer.block, "strided": layer.stride}.get(layer.kind, 1) * squares[0]
-            width = (layer.block if layer.kind == "block" else 1) * squares[1]
-            extent = (0, width * weights.shape[1], height * weights.shape[0], 0)
-            pictures.append((f"layer {index} ({layer.kind}), head {head}", weights, extent))
-    if not pictures:
-        return None
-    columns = min(len(pictures), 4)
-    rows = math.ceil(len(pictures) / columns)
-    figure = Figure(figsize=(3.2 * columns, 3.4 * rows), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (title, weights, extent) in zip(axes, pictures, strict=False):
-        axis.imshow(weights, cmap="Blues", vmin=0, vmax=1, extent=extent, interpolation="nearest")
-        axis.plot([0, length], [0, length], color="lightgray", linewidth=0.5)
-        axis.set(title=title, xlabel="looks at", ylabel="token")
-        axis.set(xlim=(0, length), ylim=(length, 0))
-    for axis in axes[len(pictures) :]:
-        axis.set_axis_off()
-    return figure
-
-
-def _save_patterns(model: TransformerLM, tokens: np.ndarray, path: pathlib.Path) -> list[str]:
-    """Writes the picture of tokens int32 [T]; the names of what was written: one, or none."""
+def _save_patterns(model: TransformerLM, tokens: np.ndarray, path: pathlib.Path) -> None:
+    """Writes the picture of tokens int32 [T], if there is one."""
     picture = draw_patterns(model, tokens[:_TOKENS_DRAWN])
-    if picture is None:
-        return []
-    figures.save_png(picture, path)
-    return [str(path)]
-
-
-def _squares(weights):
-    """Weights [rows, columns] as the largest in squares, few enough to see, and their sizes."""
-    sizes = [math.ceil(size / _PIXELS) for size in weights.shape]
-    padding = [(0, -size % square) for size, square in zip(weights.shape, sizes, strict=True)]
-    padded = np.pad(weights, padding)
-    shape = (padded.shape[0] // sizes[0], sizes[0], padded.shape[1] // sizes[1], sizes[1])
-    return padded.reshape(shape).max((1, 3)), sizes
+    if picture is not None:
+        figures.save_png(picture, path)
+        print(f"picture: {path}")
 
 
 def _continue(model: TransformerLM, key: jax.Array, prompts: np.ndarray, config: Config) -> str:
@@ -275,45 +239,54 @@ def train_on_text(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     text.windows(corpus.train, config.length, 1)
     size = sum(len(part) for part in corpus[:3])
     print(f"{config.corpus}: {size} bytes, sha256 {corpus.sha256}", flush=True)
-    pictures = []
 
     def loss_fn(model, key, step, fit):
         del step
         starts = jax.random.randint(key, (config.batch_size,), 0, len(fit) - config.length)
         within = jnp.arange(config.length + 1, dtype=jnp.int32)
-        loss = token_loss(model, fit[starts[:, None] + within[None]])
+        loss = token_loss(model, devices.shard(fit[starts[:, None] + within[None]]))
         return loss, {"bits_per_byte": loss / math.log(2)}
 
     def evaluate(model, step):
-        if step in (0, config.steps):
-            tokens = validation[0, :-1].astype(np.int32)
-            pictures.extend(_save_patterns(model, tokens, workdir / f"attention-{step}.png"))
+        if step == 0:
+            save_patterns(model, step)
         return {"validation_bits_per_byte": bits_per_byte(model, validation)}
 
-    model = make_model(config)
-    model, run = loop.train(
+    def save_patterns(model, step):
+        tokens = validation[0, :-1].astype(np.int32)
+        _save_patterns(model, tokens, workdir / f"attention-{step}.png")
+
+    model = loop.build(make_model, config)
+    trained = loop.train(
         model,
         make_optimizer(config, model),
         loss_fn,
         corpus.train,
+        config=config,
         key=jax.random.key(config.seed),
         steps=config.steps,
         workdir=workdir,
+        batch_size=config.batch_size,
         evaluate=evaluate,
         evaluate_every=math.ceil(config.steps / _NUM_EVALUATIONS),
+        best=lambda validation: -validation["validation_bits_per_byte"],
     )
+    model = trained.model
     result = {"bits_per_byte": bits_per_byte(model, test), **text.count_bits(corpus.train, test)}
     prompts = test[:_SAMPLES, : min(_PROMPT, config.length // 2)]
     continued = _continue(model, jax.random.key(config.seed), prompts, config)
-    (workdir / "continued.txt").write_text(continued + "\n", encoding="utf-8")
     print(continued)
     print(f"bits per byte of {test[:, 1:].size} bytes of held-out text:")
     for name, figure in (("this model", "bits_per_byte"), ("bigrams", "bigram")):
         print(f"  {name:12}  {result[figure]:.4f}")
     print(f"  {'unigrams':12}  {result['unigram']:.4f}")
-    if pictures:
-        print(f"pictures: {', '.join(pictures)}")
-    return {**result, **run, "test_examples": len(test), "sha256": corpus.sha256}
+
+    def draw():
+        (workdir / "continued.txt").write_text(continued + "\n", encoding="utf-8")
+        save_patterns(model, trained.figures["steps"])
+
+    figures = {**result, **trained.figures, "test_examples": len(test), "sha256": corpus.sha256}
+    return runs.report(workdir, figures, draw)
 
 
 def when_solved(losses: dict[int, float]) -> tuple[int | None, float | None]:
@@ -343,7 +316,7 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
     def mean_loss(model, key):
         shape = (config.batch_size, config.length)
-        tokens = jax.random.randint(key, shape, 0, _NUM_TOKENS, jnp.int32)
+        tokens = devices.shard(jax.random.randint(key, shape, 0, _NUM_TOKENS, jnp.int32))
         logits, target = model(tokens)[:, config.offset :], tokens[:, : -config.offset]
         return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
 
@@ -351,7 +324,7 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         del step, data
         return mean_loss(model, key), {}
 
-    model = make_model(config)
+    model = loop.build(make_model, config)
     graphdef = nnx.split(model)[0]
 
     @jax.jit
@@ -359,35 +332,37 @@ def train_on_offset(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         sampled = nnx.merge(graphdef, state, copy=True)
         return mean_loss(sampled, key), mean_loss(nnx.view(sampled, deterministic=True), key)
 
-    history = {}
-
     def evaluate(model, step):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
         sampled, exact = losses(nnx.split(model)[1], key)
-        history[step] = float(sampled), float(exact)
         return {"sampled_loss": sampled, "evaluation_loss": exact}
 
-    model, run = loop.train(
+    trained = loop.train(
         model,
         make_optimizer(config, model),
         loss_fn,
         (),
+        config=config,
         key=jax.random.key(config.seed),
         steps=config.steps,
         workdir=workdir,
+        batch_size=config.batch_size,
         evaluate=evaluate,
         evaluate_every=_OFFSET_INTERVAL,
         average=_OFFSET_AVERAGE,
     )
-    solved_at, steady = when_solved({step: sampled for step, (sampled, _) in history.items()})
-    loss = history[config.steps][1]
+    history = trained.history
+    solved_at, steady = when_solved({step: float(x["sampled_loss"]) for step, x in history.items()})
+    loss = float(history[max(history)]["evaluation_loss"])
     print(f"offset {config.offset}: solved at step {solved_at}, steady {steady}, loss {loss:.2g}")
     tokens = np.zeros(config.length, np.int32)
-    for picture in _save_patterns(model, tokens, workdir / "attention.png"):
-        print(f"picture: {picture}")
     count = config.batch_size * (config.length - config.offset)
-    result = {"solved_at": solved_at, "steady": steady, **run, "loss": loss}
-    return {**result, "test_examples": count}
+    result = {"solved_at": solved_at, "steady": steady, **trained.figures, "loss": loss}
+    return runs.report(
+        workdir,
+        {**result, "test_examples": count},
+        lambda: _save_patterns(trained.model, tokens, workdir / "attention.png"),
+    )
 
 
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:

@@ -1,0 +1,224 @@
+# ruff: noqa: E501
+"""What a run may have to go through, many times over; not part of the suite, which has a few.
+
+python tests/ordeals.py kills train.identity --size=8 --steps=20000
+python tests/ordeals.py damage
+python tests/ordeals.py lines
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import typing
+
+import numpy as np
+from absl import logging
+
+ROOT = pathlib.Path(__file__).parent.parent
+KILLS, DAMAGES = 25, 200
+
+
+def start(folder, task, *arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return subprocess.Popen(
+        [sys.executable, "-m", task, *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def checkpoint(folder):
+    from train.checkpoints import Checkpoints  # noqa: PLC0415, starts JAX
+
+    with contextlib.closing(Checkpoints(folder / "checkpoints", read_only=True)) as saved:
+        return saved.restore()
+
+
+def kills(folder, task, *arguments):
+    """Kills a run at random moments and starts it again; compares it with an undisturbed one."""
+    began = time.time()
+    whole = start(folder, task, *arguments, "--workdir=whole")
+    _, error = whole.communicate()
+    assert whole.returncode == 0, error
+    seconds = time.time() - began
+    print(f"undisturbed: {seconds:.0f} s", flush=True)
+    rng = random.Random(0)
+    killed = most_left = 0
+    while killed < KILLS:
+        process = start(folder, task, *arguments, "--checkpoint_every=2s", "--workdir=run")
+        # While it starts, or, three times of four, after it has said that it goes on.
+        if killed % 4:
+            process.stdout.readline()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0, max(3, seconds / 8)))
+        if process.poll() is not None:
+            print(f"it had ended before kill {killed + 1}: {process.stderr.read()[-300:]}")
+            break
+        process.kill()
+        process.communicate()
+        killed += 1
+        left = list((folder / "run").rglob("*orbax-checkpoint-tmp*"))
+        most_left = max(most_left, len([path for path in left if path.is_dir()]))
+    process = start(folder, task, *arguments, "--workdir=run")
+    _, error = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in error, error
+    one, other = (checkpoint(folder / name) for name in ("run", "whole"))
+    same = [np.array_equal(one.tree[name], other.tree[name]) for name in other.tree]
+    lines = [(folder / name / "metrics.jsonl").read_text() for name in ("run", "whole")]
+    rows = [json.loads(line) for line in lines[0].splitlines()]
+    left = list((folder / "run").rglob("*orbax-checkpoint-tmp*"))
+    print(
+        f"{killed} kills: {sum(same)} of {len(same)} arrays the same at step {one.step}, "
+        f"{len(rows)} lines of metrics, {'the same' if lines[0] == lines[1] else 'DIFFERENT'}; "
+        f"temporary folders: {most_left} at most after a kill, {len(left)} in the end"
+    )
+    return all(same) and lines[0] == lines[1] and not left
+
+
+def damage(folder):
+    """Damages a checkpoint in many ways; what is restored must be right, or the one before."""
+    from line_task import Config, train_and_evaluate  # noqa: PLC0415, starts JAX
+
+    logging.set_verbosity(logging.ERROR)
+    train_and_evaluate(Config(steps=150, checkpoint_every="50", keep=9), folder / "whole")
+    right = checkpoint(folder / "whole").tree
+    rng = random.Random(0)
+    before, ok, wrong = 0, 0, 0
+    for _ in range(DAMAGES):
+        run = shutil.copytree(folder / "whole", folder / "run")
+        files = sorted(p for p in (run / "checkpoints" / "150").rglob("*") if p.is_file())
+        path = rng.choice(files)
+        content = bytearray(path.read_bytes())
+        how = rng.choice(("flipped", "truncated", "removed"))
+        if how == "removed":
+            path.unlink()
+        elif content:
+            place = rng.randrange(len(content))
+            content[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(content[:place] if how == "truncated" else content)
+        restored = checkpoint(run)
+        if restored.step == 100:
+            before += 1
+        elif all(np.array_equal(restored.tree[name], x) for name, x in right.items()):
+            ok += 1
+        else:
+            wrong += 1
+            print(f"WRONG: {path} {how}")
+        shutil.rmtree(run)
+    print(f"{DAMAGES} damages: {before} times the one before, {ok} times right, {wrong} wrong")
+    return wrong == 0
+
+
+WORDS = {
+    "train.sort": (
+        "--dataset=cifar", "--dataset=digits --data_dir=.", "--dataset=mnist --data_dir=nowhere",
+        "--dataset=mnist --data_dir=~nobody-has-this-name", "--loss=x", "--proposal=", "--augment=2",
+        "--size=400", "--digits=10", "--digits=9 --size=60", "--size=65535 --digits=9",
+        "--batch_size=1000000 --size=100", "--width=65535", "--mesh=data:2", "--mesh=model:0",
+        "--mesh=seq:1", "--checkpoint_every=1d", "--checkpoint_every=-5", "--mode=test",
+        "--mode=eval", "--mode=eval --workdir=nowhere", "--workdir=/proc/run", "--workdir=/dev/null",
+        "--workdir=s3://bucket", "--distributed=1,2", "--distributed=auto", "--resume", "sort", "-x",
+        "--seed=1.5", "--steps=1e3", "--steps", "--keep=-1", "--profile=maybe", "--noprofile=no",
+    ),
+    "train.identity": (
+        "--size=16000000", "--size=5000000", "--region=99 --size=4 --num_local=2147483647",
+        "--dataset=digits", "--mesh=data:64", "--mesh=data:1,model:1,data:1", "--sigma_penalty=x",
+    ),
+    "train.glimpse": (
+        "--model=resnet", "--head=x", "--model=conv --head=conv", "--model=conv --glimpses=3",
+        "--model=stn --num_local=2", "--model=reinforce --sigma_scale=1", "--dataset=mnist_",
+        "--data_dir=.", "--canvas=33", "--canvas=8", "--patch_size=20", "--scaling=1", "--augment=1",
+        "--scaling=0.5 --augment=0.5", "--canvas=8190", "--digit_size=4000 --canvas=4000",
+        "--canvas=2000 --batch_size=100000 --coarseness=1",
+    ),
+    "train.transformer": (
+        "--task=speech", "--corpus=/nowhere", "--corpus=nowhere.txt", "--corpus=", "--corpus=a/b.gz",
+        "--corpus=~nobody-has-this-name", "--layers=x", "--layers=", "--positions=x", "--offset=3",
+        "--task=offset --offset=300 --length=200", "--task=offset --corpus=stdlib2",
+        "--task=offset --temperature=1", "--task=offset --data_dir=.", "--num_heads=3",
+        "--features=3", "--num_tuples=300", "--num_tuples=100000000", "--length=10000000",
+        "--corpus=/dev/zero", "--corpus=/proc/self/mem", "--layers=d --length=60000",
+        "--layers=s --batch_size=1000000",
+    ),
+}  # fmt: skip
+
+
+def bad_lines(tasks):
+    for name, task in tasks.items():
+        for field, hint in typing.get_type_hints(task.Config).items():
+            kinds = {hint, *typing.get_args(hint)}
+            values = ("-1", "x", "99999999999") if int in kinds else ("-1", "nan", "inf", "x")
+            if kinds & {int, float}:
+                yield from ((name, [f"--{field}={value}"]) for value in values)
+        yield from ((name, line.split()) for line in WORDS[name])
+
+
+def lines(folder):
+    """Every bad command line ends in one line, which names a flag, and leaves nothing behind."""
+    import importlib  # noqa: PLC0415
+
+    tasks = {name: importlib.import_module(name) for name in WORDS}
+    launcher = importlib.import_module("train.launcher")
+    wrong = count = 0
+    for task, arguments in bad_lines(tasks):
+        count += 1
+        out, err = folder / "out", folder / "err"
+        here = folder / "here"
+        here.mkdir()
+        # Nothing has started JAX yet: a copy of this process is as good as a new one, and quicker.
+        child = os.fork()
+        if child == 0:
+            for path, number in ((out, 1), (err, 2)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.chdir(here)
+            sys.argv = [task, *arguments]
+            status = 1
+            try:
+                launcher.launch(tasks[task].Config, tasks[task].train_and_evaluate)
+                status = 0
+            except SystemExit as stop:
+                status = stop.code
+            except BaseException:
+                traceback.print_exc()
+                status = 99
+            sys.stderr.flush()
+            os._exit(status)
+        began = time.time()
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.time() - began > 60:
+                os.kill(child, 9)
+            time.sleep(0.02)
+        status = os.waitstatus_to_exitcode(ended[1])
+        said = err.read_text(errors="replace").strip()
+        bad = status not in (1, 2) or "Traceback" in said or said.count("\n") > 1
+        bad = bad or any(here.iterdir())
+        if bad:
+            wrong += 1
+            print(f"{task} {' '.join(arguments)}: {status} {said[-300:]!r} {list(here.iterdir())}")
+        shutil.rmtree(here)
+    print(f"{count} bad lines: {wrong} that did not end in one clear line")
+    return wrong == 0
+
+
+def main():
+    what, *arguments = sys.argv[1:] or ["help"]
+    if what not in ("kills", "damage", "lines"):
+        sys.exit(__doc__)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(not globals()[what](pathlib.Path(folder), *arguments))
+
+
+if __name__ == "__main__":
+    main()
