@@ -112,7 +112,9 @@ def loosen(
         *halves, rates = _exchange(*halves, both, path, certainty)
         blocks, block = 2 * blocks, block // 2
         state = jnp.stack(halves, -3).reshape(*batch, blocks, features, block)
-        seen = None if both is None else jnp.stack(both, -2).reshape(*seen.shape[:-2], blocks, block)
+        seen = (
+            None if both is None else jnp.stack(both, -2).reshape(*seen.shape[:-2], blocks, block)
+        )
         below.append(Level(state, rates))
     return state.reshape(*batch, size, features), (above, below)
 
@@ -245,6 +247,10 @@ def _weigh_splits(noise, state, length, *, bit, certainty):
         same = add((moves != moves[c]).astype(jnp.int32)) == 0
         return copies | (same & (jax.lax.iota(jnp.int32, len(moves))[:, None] > c))
 
-    copies = jax.lax.fori_loop(0, len(moves), mark, jnp.zeros_like(moves))
+    copies = jax.lax.fori_loop(0, len(moves), mark, moves & False)
     weight = jax.nn.softmax(jnp.where(copies, -jnp.inf, log_weight), axis=0)
-    return partner.T, weight.T, jnp.einsum("cs,csf->sf", weight, state[partner], precision="highest")
+    return (
+        partner.T,
+        weight.T,
+        jnp.einsum("cs,csf->sf", weight, state[partner], precision="highest"),
+    )

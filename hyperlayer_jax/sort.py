@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def soft_quicksort(
     scores: jax.Array,
     *,
     num_samples: int,
-    certainty: float,
+    certainty: float | jax.Array,
     proposal: str = "local",
     lengths: jax.Array | None = None,
 ) -> SoftSort:
@@ -115,31 +116,35 @@ def soft_quicksort(
       ValueError: an argument has the wrong shape, dtype or range.
     """
     checks.check_float("x", x, 2, "[*B, s, d]")
-    num_samples = _check(scores, num_samples, certainty, lengths)
+    num_samples = check_scores(scores, num_samples, certainty, lengths)
     if scores.shape != x.shape[:-1]:
         raise ValueError(f"scores: got shape {scores.shape}, want one for each item of {x.shape}")
     if proposal not in ("local", "uniform"):
         raise ValueError(f'proposal: got {proposal!r}, want "local" or "uniform"')
     if proposal == "uniform" and key is None:
         raise ValueError('key: got None, want a PRNG key for proposal="uniform"')
-    state, order, steps = _sort(key, x, scores, num_samples, certainty, proposal, lengths)
-    del state
+    _, order, steps = sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
     size = scores.shape[-1:]
     items, levels, permutations = [x], [scores], []
     for level, step in enumerate(steps):
         sources = jnp.broadcast_to(step.sources, step.values.shape)
         if level == 0:
-            sources = jax.vmap(lambda order, sources: order[sources], 0)(
-                order.reshape(-1, *size), sources.reshape(-1, *sources.shape[-2:])
-            ).reshape(sources.shape)
+            flat = sources.reshape(*order.shape[:-1], -1)
+            sources = jnp.take_along_axis(order, flat, axis=-1).reshape(sources.shape)
         values = step.values.astype(x.dtype)
         permutations.append(RowSparseTensor(sources[..., None], values, size, size))
-        items.append(_restore(step.state[..., 1:], x, lengths))
-        levels.append(_restore(step.state[..., :1], scores[..., None], lengths)[..., 0])
+        items.append(restore(step.state[..., 1:], x, lengths))
+        levels.append(restore(step.state[..., :1], scores[..., None], lengths)[..., 0])
     return SoftSort(tuple(items), tuple(levels), tuple(permutations))
 
 
-def _check(scores, num_samples, certainty, lengths):
+def check_scores(
+    scores: jax.Array,
+    num_samples: int,
+    certainty: float | jax.Array,
+    lengths: jax.Array | None,
+) -> int:
+    """Checks what all soft sorts take; returns `num_samples` as an int."""
     checks.check_float("scores", scores, 1, "[*B, s]")
     if scores.shape[-1] == 0:
         raise ValueError(f"scores: got shape {scores.shape}, want at least one item")
@@ -153,7 +158,15 @@ def _check(scores, num_samples, certainty, lengths):
     return checks.check_count("num_samples", num_samples)
 
 
-def _sort(key, x, scores, num_samples, certainty, proposal, lengths):
+def sort_softly(
+    key: jax.Array | None,
+    x: jax.Array,
+    scores: jax.Array,
+    num_samples: int,
+    certainty: float | jax.Array,
+    proposal: str,
+    lengths: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, Iterable[exchange.Step]]:
     """The final state [*B, s, 1 + d] by place, which items were sorted to where, and all steps."""
     size = scores.shape[-1]
     dtype = accumulator(jnp.promote_types(x.dtype, scores.dtype))
@@ -196,12 +209,14 @@ def _sort(key, x, scores, num_samples, certainty, proposal, lengths):
     return state, order, exchange.steps(*levels, size)
 
 
-def _restore(state, x, lengths):
+def restore(state: jax.Array, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """A level [*B, s, d] as it is returned: of the dtype of x, what is absent as it was."""
     state = state.astype(x.dtype)
     if lengths is None:
         return state
-    return jnp.where((jax.lax.iota(jnp.int32, x.shape[-2]) < lengths[..., None])[..., None], state, x)
+    return jnp.where(
+        (jax.lax.iota(jnp.int32, x.shape[-2]) < lengths[..., None])[..., None], state, x
+    )
 
 
 def bucket_starts(size: int) -> list[np.ndarray]:
