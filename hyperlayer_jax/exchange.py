@@ -91,8 +91,12 @@ def loosen(
     def upper(carry, level):
         state, seen = carry
         path = jax.lax.iota(jnp.uint32, blocks // 2) & ((jnp.uint32(1) << level) - 1)
-        halves = _halves(state.reshape(*batch, 2, -1, features, block), -4)
-        both = None if seen is None else _halves(seen.reshape(*seen.shape[:-2], 2, -1, block), -3)
+        halves = _halves(state.reshape(*batch, 2, blocks // 2, features, block), -4)
+        both = (
+            None
+            if seen is None
+            else _halves(seen.reshape(*seen.shape[:-2], 2, blocks // 2, block), -3)
+        )
         *halves, rates = _exchange(*halves, both, path, certainty)
         # The bit of the next level becomes the first.
         state = jnp.stack(halves, -3).reshape(state.shape)
@@ -134,11 +138,13 @@ def _exchange(low, high, present, path, certainty):
     flat = (math.prod(lead), features, width)
     low, high = low.reshape(flat), high.reshape(flat)
     sign = 1 - 2 * (jax.lax.population_count(path) & 1).astype(low.dtype)
-    scale = -certainty * jnp.broadcast_to(sign, lead).reshape(-1, 1, 1)
+    scale = -certainty * jnp.broadcast_to(sign, lead).reshape(flat[0], 1, 1)
     log_odds = scale * (high[:, 0, None, :] - low[:, 0, :, None])
     odds = jnp.exp(jnp.minimum(log_odds, _MAX_LOG_ODDS))
     if present is not None:
-        rows, columns = (jnp.broadcast_to(p, (*lead, width)).reshape(-1, width) for p in present)
+        rows, columns = (
+            jnp.broadcast_to(p, (*lead, width)).reshape(flat[0], width) for p in present
+        )
         odds = jnp.where(rows[:, :, None] & columns[:, None, :], odds, 0)
     rates = odds / (1 + odds.sum(2, keepdims=True) + odds.sum(1, keepdims=True) - odds)
     ones = jnp.ones_like(low[:, :1])
@@ -157,7 +163,8 @@ def steps(above: Level | None, below: list[Level], size: int) -> Iterator[Step]:
         level = below[t - stacked] if t >= stacked else jax.tree.map(lambda x: x[t], above)  # noqa: B023
         bit, width = bits - 1 - t, level.rates.shape[-1]
         inner = width.bit_length() - 1
-        partner = place ^ ((2 << bit) - 1) ^ jax.lax.iota(jnp.uint32, width)
+        near = jax.lax.broadcasted_iota(jnp.uint32, (1, width), 1)
+        partner = place ^ ((2 << bit) - 1) ^ near
         slot, other = place ^ (place >> 1), partner ^ (partner >> 1)
         block = slot >> inner
         pair = _rotate(block, t, bits - inner) & ((1 << (bits - inner - 1)) - 1)
@@ -219,38 +226,37 @@ def _weigh_splits(noise, state, length, *, bit, certainty):
     start = (place >> (bit + 1)) << (bit + 1)
     middle = start + (1 << bit)
     is_high = place >= middle
-    add = lambda x: jnp.zeros_like(x).at[..., start].add(x)[..., start]  # noqa: E731
-
-    keys = [jnp.broadcast_to(x, noise.shape) for x in (start, place >= length)]
-    order = jax.lax.sort((*keys, noise, jnp.broadcast_to(place, noise.shape)), num_keys=3)[3]
-    goes_high = jax.vmap(lambda order: jnp.zeros(size, bool).at[order].set(is_high))(order)
-    moves = jnp.concatenate([jnp.zeros((1, size), bool), goes_high != is_high])
-
-    # Items that leave a half, in order, take the places of those that leave the other.
-    before = jnp.cumsum(moves, axis=1, dtype=jnp.int32) - moves
-    own, across = jnp.where(is_high, middle, start), jnp.where(is_high, start, middle)
-    rank = before - before[:, own]
-    list_of = lambda moves, rank: (  # noqa: E731
-        jnp.zeros(size, jnp.int32).at[jnp.where(moves, own + rank, size)].set(place, mode="drop")
-    )
-    movers = jax.vmap(list_of)(moves, rank)
-    partner = jnp.take_along_axis(movers, jnp.minimum(across + rank, size - 1), axis=1)
-    partner = jnp.where(moves, partner, place)
+    add = lambda x: jnp.zeros_like(x).at[start].add(x)[start]  # noqa: E731
 
     scores = state[:, 0]
     pivot = scores[middle - 1] / 2 + scores[jnp.minimum(middle, size - 1)] / 2
     log_odds = certainty * (scores - jax.lax.stop_gradient(pivot)) * jnp.where(is_high, -1, 1)
     log_odds = jnp.clip(log_odds, -_CERTAIN, _CERTAIN)
-    log_weight = add(jnp.where(moves, log_odds, 0))
+    own, across = jnp.where(is_high, middle, start), jnp.where(is_high, start, middle)
+
+    def draw(noise):
+        """Which items change sides, with whom, and the log of how much that weighs."""
+        order = jax.lax.sort((start, place >= length, noise, place), num_keys=3)[3]
+        moves = jnp.zeros(size, bool).at[order].set(is_high) != is_high
+        # Those that leave a half, in order, take the places of those that leave the other.
+        before = jnp.cumsum(moves, dtype=jnp.int32) - moves
+        rank = before - before[jnp.minimum(own, size - 1)]
+        movers = jnp.zeros(size, jnp.int32)
+        movers = movers.at[jnp.where(moves, own + rank, size)].set(place, mode="drop")
+        partner = jnp.where(moves, movers[jnp.minimum(across + rank, size - 1)], place)
+        return moves, partner, add(jnp.where(moves, log_odds, 0))
+
+    stay = (place < 0, place, jnp.zeros_like(scores))
+    drawn = jax.vmap(draw)(noise)
+    moves, partner, log_weight = (
+        jnp.concatenate([a[None], b]) for a, b in zip(stay, drawn, strict=True)
+    )
 
     def mark(c, copies):
-        same = add((moves != moves[c]).astype(jnp.int32)) == 0
-        return copies | (same & (jax.lax.iota(jnp.int32, len(moves))[:, None] > c))
+        earlier = moves[c]
+        same = jax.vmap(lambda moves: add((moves != earlier).astype(jnp.int32)) == 0)(moves)
+        return copies | (same & (jax.lax.broadcasted_iota(jnp.int32, moves.shape, 0) > c))
 
     copies = jax.lax.fori_loop(0, len(moves), mark, moves & False)
     weight = jax.nn.softmax(jnp.where(copies, -jnp.inf, log_weight), axis=0)
-    return (
-        partner.T,
-        weight.T,
-        jnp.einsum("cs,csf->sf", weight, state[partner], precision="highest"),
-    )
+    return partner.T, weight.T, _product("cs,csf->sf", weight, state[partner])

@@ -155,7 +155,7 @@ def soft_top_k(
     mask = carry_back((place < k).astype(accumulator(scores.dtype)))
     values, indices = -values[..., :k], order[..., :k]
     if lengths is not None:
-        there = place < lengths[..., None]
+        there = jnp.broadcast_to(place, scores.shape) < lengths[..., None]
         mask = jnp.where(there, mask, 0)
         values = jnp.where(there[..., :k], values, -jnp.inf)
         indices = jnp.where(there[..., :k], indices, size)
@@ -193,7 +193,8 @@ def soft_quantile(
     ordered = soft_sort(scores, num_samples=num_samples, certainty=certainty, lengths=lengths)
     count = jnp.full(scores.shape[:-1], scores.shape[-1]) if lengths is None else lengths
     q = jnp.asarray(q, dtype)
-    place = q.reshape(*q.shape, *[1] * count.ndim) * (count - 1).astype(dtype)
+    count = jnp.broadcast_to(count, (*q.shape, *count.shape))
+    place = q.reshape(*q.shape, *[1] * (count.ndim - q.ndim)) * (count - 1).astype(dtype)
     below = jnp.floor(place).astype(jnp.int32)
     ordered = jnp.broadcast_to(ordered.astype(dtype), (*q.shape, *ordered.shape))
     at = lambda i: jnp.take_along_axis(ordered, i[..., None], axis=-1)[..., 0]  # noqa: E731

@@ -129,7 +129,7 @@ def soft_quicksort(
     for level, step in enumerate(steps):
         sources = jnp.broadcast_to(step.sources, step.values.shape)
         if level == 0:
-            flat = sources.reshape(*order.shape[:-1], -1)
+            flat = sources.reshape(*order.shape[:-1], size[0] * sources.shape[-1])
             sources = jnp.take_along_axis(order, flat, axis=-1).reshape(sources.shape)
         values = step.values.astype(x.dtype)
         permutations.append(RowSparseTensor(sources[..., None], values, size, size))
@@ -185,7 +185,7 @@ def sort_softly(
         found = jnp.take_along_axis(state, source[..., None], axis=-2)
         if count is None:
             return found, None
-        present = places < count
+        present = jnp.broadcast_to(places, (*jnp.shape(count)[:-1], len(places))) < count
         return jnp.where(present[..., None], found, 0), present
 
     count = None if lengths is None else lengths[..., None]
