@@ -64,6 +64,7 @@ def place_of_slot(size: int) -> jax.Array:
     return place.astype(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames="partners")
 def loosen(
     state: jax.Array, present: jax.Array | None, partners: int, certainty: jax.Array
 ) -> tuple[jax.Array, tuple[Level | None, list[Level]]]:
@@ -239,7 +240,7 @@ def _weigh_splits(noise, state, length, *, bit, certainty):
         order = jax.lax.sort((start, place >= length, noise, place), num_keys=3)[3]
         moves = jnp.zeros(size, bool).at[order].set(is_high) != is_high
         # Those that leave a half, in order, take the places of those that leave the other.
-        before = jnp.cumsum(moves, dtype=jnp.int32) - moves
+        before = jnp.cumsum(moves, dtype=jnp.int32) - moves.astype(jnp.int32)
         rank = before - before[jnp.minimum(own, size - 1)]
         movers = jnp.zeros(size, jnp.int32)
         movers = movers.at[jnp.where(moves, own + rank, size)].set(place, mode="drop")

@@ -199,7 +199,7 @@ def soft_quantile(
     ordered = jnp.broadcast_to(ordered.astype(dtype), (*q.shape, *ordered.shape))
     at = lambda i: jnp.take_along_axis(ordered, i[..., None], axis=-1)[..., 0]  # noqa: E731
     low, high = at(below), at(jnp.minimum(below + 1, count - 1))
-    return (low + (high - low) * (place - below)).astype(scores.dtype)
+    return (low + (high - low) * (place - below.astype(dtype))).astype(scores.dtype)
 
 
 def _final(scores, num_samples, certainty, lengths):

@@ -214,9 +214,8 @@ def restore(state: jax.Array, x: jax.Array, lengths: jax.Array | None) -> jax.Ar
     state = state.astype(x.dtype)
     if lengths is None:
         return state
-    return jnp.where(
-        (jax.lax.iota(jnp.int32, x.shape[-2]) < lengths[..., None])[..., None], state, x
-    )
+    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
+    return jnp.where(place < lengths[..., None, None], state, x)
 
 
 def bucket_starts(size: int) -> list[np.ndarray]:

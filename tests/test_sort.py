@@ -194,10 +194,10 @@ def test_gradients_reach_every_item_and_score_and_nan_does_no_harm_elsewhere():
 def test_all_derivatives():
     """Forward and reverse mode, and of each other; each function once."""
     with jax.enable_x64(True):
-        x, scores = example(5, dtype=jnp.float64)
+        x, scores = example(4, dtype=jnp.float64)
         options = {"num_samples": 2, "certainty": 0.7}
         quicksort = lambda x, s: hl.soft_quicksort(None, x, s, **options).items[1:]  # noqa: E731
-        check_grads(jax.jit(quicksort), (x, scores), 2, ["fwd", "rev"], 1e-5, 1e-5)
+        check_grads(jax.jit(quicksort), (x, scores), 1, ["fwd", "rev"], 1e-5, 1e-5)
         rank = jax.jit(functools.partial(hl.soft_rank, **options))
         check_grads(rank, (scores,), 2, ["fwd", "rev"], 1e-5, 1e-5)
         paper = lambda x, s: hl.soft_quicksort(  # noqa: E731
@@ -228,7 +228,7 @@ def test_a_set_among_others_is_sorted_as_it_is_alone(proposal):
     """What is beyond its length stays and has no influence, NaN included."""
     x, scores = example(SIZE, (4,))
     lengths = jnp.array([0, 1, 4, 6], jnp.int32)
-    absent = jnp.arange(SIZE) >= lengths[:, None]
+    absent = np.arange(SIZE) >= np.asarray(lengths)[:, None]
     padded = jnp.where(absent[..., None], jnp.nan, x), jnp.where(absent, jnp.nan, scores)
     run = jax.jit(
         functools.partial(hl.soft_quicksort, num_samples=2, certainty=2.0, proposal=proposal)
@@ -280,7 +280,7 @@ def test_any_leading_axes(batch):
     assert all(a.shape == x.shape for a in levels.items)
     assert all(a.shape == scores.shape for a in levels.scores)
     assert [p.values.shape for p in levels.permutations] == [(*batch, 5, p) for p in (3, 3, 2)]
-    assert hl.soft_rank(scores).shape == scores.shape
+    assert jax.eval_shape(hl.soft_rank, scores).shape == scores.shape
 
 
 def test_programs_and_memory_do_not_grow_with_the_square():
@@ -291,39 +291,49 @@ def test_programs_and_memory_do_not_grow_with_the_square():
     assert largest_array(run, large) <= 9 * 4 * 4096
 
 
+THIN = (
+    jax.jit(hl.soft_sort),
+    jax.jit(hl.soft_rank),
+    jax.jit(hl.soft_top_k, static_argnums=1),
+    jax.jit(hl.soft_quantile),
+)
+
+
 def test_ranks_top_k_and_quantiles_are_those_of_an_exact_sort_if_certain():
     _, scores = example(7)
     sure = {"certainty": 1e6}
-    assert_close(hl.soft_sort(scores, **sure), jnp.sort(scores))
-    assert_close(hl.soft_rank(scores, **sure), jnp.argsort(jnp.argsort(scores)) * 1.0)
+    soft_sort, soft_rank, soft_top_k, soft_quantile = THIN
+    assert_close(soft_sort(scores, **sure), jnp.sort(scores))
+    assert_close(soft_rank(scores, **sure), jnp.argsort(jnp.argsort(scores)))
     values, indices = jax.lax.top_k(scores, 3)
-    top = hl.soft_top_k(scores, 3, **sure)
+    top = soft_top_k(scores, 3, **sure)
     assert_close(top.values, values)
     assert_equal(top.indices, indices)
     assert_close(top.mask, (scores >= values[:, -1:]).astype(jnp.float32))
     q = jnp.array([[0.0, 0.5], [0.3, 1.0]])
-    assert_close(hl.soft_quantile(scores, q, **sure), jnp.quantile(scores, q, axis=-1))
+    assert_close(soft_quantile(scores, q, **sure), jnp.quantile(scores, q, axis=-1))
 
 
 def test_soft_ranks_are_those_of_the_permutation_and_sums_are_kept():
     _, scores = example(7)
-    ranks = hl.soft_rank(scores)
-    assert_close(ranks, hl.soft_argsort(scores).ranks())
+    soft_sort, soft_rank, soft_top_k, soft_quantile = THIN
+    ranks = soft_rank(scores)
+    assert_close(ranks, jax.jit(lambda scores: hl.soft_argsort(scores).ranks())(scores))
     assert_close(ranks.sum(-1), jnp.full(2, 21.0))
     assert np.abs(ranks - jnp.round(ranks)).max() > 0.01
-    assert_close(hl.soft_sort(scores).sum(-1), scores.sum(-1))
-    top = hl.soft_top_k(scores, 3)
+    assert_close(soft_sort(scores).sum(-1), scores.sum(-1))
+    top = soft_top_k(scores, 3)
     assert_close(top.mask.sum(-1), jnp.full(2, 3.0))
-    low, high = hl.soft_quantile(scores, jnp.array([0.2, 0.8]))
+    low, high = soft_quantile(scores, jnp.array([0.2, 0.8]))
     assert (low < high).all()
     for result in (hl.soft_rank, hl.soft_sort):
-        assert result(scores.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+        assert jax.eval_shape(result, scores.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_top_k_of_short_sets_fills_up():
     _, scores = example(5, (3,))
     lengths = jnp.array([0, 2, 5], jnp.int32)
-    top = hl.soft_top_k(scores, 3, lengths=lengths)
+    top = THIN[2](scores, 3, lengths=lengths)
     assert_close(top.mask.sum(-1), jnp.array([0.0, 2.0, 3.0]))
     assert_equal(np.isinf(top.values), np.arange(3) >= np.array(lengths)[:, None])
     assert_equal(top.indices == 5, np.arange(3) >= np.array(lengths)[:, None])
