@@ -169,7 +169,7 @@ def sort_softly(
 ) -> tuple[jax.Array, jax.Array, Iterable[exchange.Step]]:
     """The final state [*B, s, 1 + d] by place, which items were sorted to where, and all steps."""
     size = scores.shape[-1]
-    dtype = accumulator(jnp.promote_types(x.dtype, scores.dtype))
+    dtype = accumulator(x.dtype if x.dtype == jnp.float64 else scores.dtype)
     fixed = jax.lax.stop_gradient(scores)
     place = jnp.broadcast_to(jax.lax.iota(jnp.int32, size), scores.shape)
     if lengths is None:
