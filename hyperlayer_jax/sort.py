@@ -20,7 +20,8 @@ class SoftPermutation:
     """A soft permutation of s items as a product of sparse ones, whose rows and columns sum to 1.
 
     Attributes:
-      factors: one `RowSparseTensor` (s,) x (s,) for each step; the first is applied first.
+      factors: one `RowSparseTensor` (s,) x (s,) for each step, of values [*B, s, p]; the first is
+        applied first.
     """
 
     factors: tuple[RowSparseTensor, ...]
