@@ -6,8 +6,16 @@ P. Bloem, "Learning sparse transformations through backpropagation", arXiv 1810.
 from hyperlayer_jax.attention import sparse_attention
 from hyperlayer_jax.density import duplicate_mask, redistribute
 from hyperlayer_jax.hyperlayer import apply_template, discretize, round_tuples
+from hyperlayer_jax.ranks import (
+    TopK,
+    soft_argsort,
+    soft_quantile,
+    soft_rank,
+    soft_sort,
+    soft_top_k,
+)
 from hyperlayer_jax.sampling import sample_indices
-from hyperlayer_jax.sort import SoftSort, bucket_starts, soft_quicksort
+from hyperlayer_jax.sort import SoftPermutation, SoftSort, bucket_starts, soft_quicksort
 from hyperlayer_jax.tensors import contract, sparse_softmax, todense, transpose
 from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
@@ -15,8 +23,10 @@ from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
 __all__ = [
     "IndexTuples",
     "RowSparseTensor",
+    "SoftPermutation",
     "SoftSort",
     "SparseTensor",
+    "TopK",
     "apply_template",
     "bucket_starts",
     "contract",
@@ -25,7 +35,12 @@ __all__ = [
     "redistribute",
     "round_tuples",
     "sample_indices",
+    "soft_argsort",
+    "soft_quantile",
     "soft_quicksort",
+    "soft_rank",
+    "soft_sort",
+    "soft_top_k",
     "sparse_attention",
     "sparse_softmax",
     "todense",

@@ -1,19 +1,50 @@
-"""Differentiable quicksort: a sorted sequence as a product of sparse, soft permutations."""
+"""Differentiable sorting: a sorted sequence as a product of sparse, soft permutations."""
 
 import dataclasses
+import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlayer_jax import checks
-from hyperlayer_jax.density import duplicate_mask
+from hyperlayer_jax import checks, exchange
 from hyperlayer_jax.kernels import accumulator
-from hyperlayer_jax.tensors import contract
+from hyperlayer_jax.tensors import contract, transpose
 from hyperlayer_jax.types import RowSparseTensor
 
-# Beyond it a split is certain, and sums over a bucket are still finite.
-_MAX_LOG_ODDS = 1e30
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SoftPermutation:
+    """A soft permutation of s items as a product of sparse ones, whose rows and columns sum to 1.
+
+    Attributes:
+      factors: one `RowSparseTensor` (s,) x (s,) for each step, of values [*B, s, p]; the first is
+        applied first.
+    """
+
+    factors: tuple[RowSparseTensor, ...]
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        """Sorts x, float [*B, s, *D]: what is at place i of the result, softly."""
+        return functools.reduce(lambda x, p: _contract(p, x), self.factors, x)
+
+    def apply_transpose(self, y: jax.Array) -> jax.Array:
+        """Carries y, float [*B, s, *D], from the places of the sorted items back to the items."""
+        return functools.reduce(lambda y, p: _contract(transpose(p), y), self.factors[::-1], y)
+
+    def ranks(self) -> jax.Array:
+        """The expected place of every item: float [*B, s] in [0, s - 1]."""
+        if not self.factors:
+            raise ValueError("factors: got none, which says nothing of the shape of the ranks")
+        first = self.factors[0].values
+        places = jnp.arange(first.shape[-2], dtype=accumulator(first.dtype))
+        places = jnp.broadcast_to(places, first.shape[:-1])
+        factors = [
+            dataclasses.replace(p, values=p.values.astype(places.dtype)) for p in self.factors
+        ]
+        return SoftPermutation(tuple(factors)).apply_transpose(places)
 
 
 @jax.tree_util.register_dataclass
@@ -32,40 +63,51 @@ class SoftSort:
     scores: tuple[jax.Array, ...]
     permutations: tuple[RowSparseTensor, ...]
 
+    @property
+    def permutation(self) -> SoftPermutation:
+        """All steps as one: `permutation.apply(items[0])` is `items[-1]`."""
+        return SoftPermutation(self.permutations)
+
 
 def soft_quicksort(
-    key: jax.Array,
+    key: jax.Array | None,
     x: jax.Array,
     scores: jax.Array,
     *,
     num_samples: int,
-    certainty: float,
+    certainty: float | jax.Array,
     proposal: str = "local",
+    lengths: jax.Array | None = None,
 ) -> SoftSort:
     """Sorts items by ascending score, softly enough to learn the scores.
 
-    Quicksort with exact halves: at each level, every bucket is split around its median score, the
-    pivot (equations 10 and 11 of docs/method.md). An item goes up with probability
-    sigmoid(certainty * (score - pivot)). Candidates are
-    the split by score and `num_samples` random ones, copies counted once. Each is a permutation,
-    weighted by its probability among the candidates of its bucket: the split by score puts the
-    lower half before the upper half and keeps the order in both; in the others, items that change
-    sides exchange places. The weighted sum is applied to the items and the scores. With
-    num_samples=0 the result is the exact, stable sort.
+    Quicksort whose pivots are known beforehand: the items are sorted, stably, and then loosened
+    level by level. At each level every bucket of the sequence is split in the middle, and items on
+    both sides of the split exchange places with some probability.
 
-    Two departures from the paper: buckets weigh their candidates apart from each other, where the
-    paper weighs whole sequences; and candidates are drawn near the split by score, where the
-    paper draws uniform ones (`proposal="uniform"`), of which nearly all have no weight.
+    By default, an item may exchange with any of `num_samples` on the other side (rounded up to a
+    power of two): those about as far from the split as itself, and all of them where there are no
+    more. Each exchange is weighed by its odds, exp(certainty * (lower score - upper score)),
+    against all others that its two items might make (equations 10 and 11 of docs/method.md).
+
+    `proposal="uniform"` is the paper's: each bucket has as candidates the split as it is and
+    `num_samples` random ones, copies counted once. Items that change sides exchange places, first
+    with first, and a candidate weighs its probability (equation 15), one draw for all.
+
+    With num_samples=0 the result is the exact, stable sort. Memory is linear in s * num_samples,
+    for every level whose permutation is used; time is that of a sort and s * num_samples for each
+    level.
 
     Args:
-      key: a PRNG key.
+      key: a PRNG key for the splits of `proposal="uniform"`; else nothing is left to chance, and
+        it may be None.
       x: float [*B, s, d], the items.
-      scores: float [*B, s], finite; where scores tie at magnitudes whose square overflows, their
-        gradient is not.
-      num_samples: random splits per bucket.
-      certainty: > 0, how soon a difference in score decides.
-      proposal: "local" adds logistic noise to the items' log odds and splits by the sum; "uniform"
-        splits at random.
+      scores: float [*B, s]. NaN sorts last, and makes NaN of what is mixed with it.
+      num_samples: partners of an item at a level, or random splits of a bucket.
+      certainty: > 0, how soon a difference in score decides; an array is taken as it is.
+      proposal: "local" or "uniform".
+      lengths: int32 [*B], how many items there are in each set, the first ones; what follows them
+        has no influence and stays where it is. By default s.
 
     Returns:
       The levels of the sort and the permutations between them, of the dtypes of x and scores.
@@ -75,127 +117,130 @@ def soft_quicksort(
       ValueError: an argument has the wrong shape, dtype or range.
     """
     checks.check_float("x", x, 2, "[*B, s, d]")
-    checks.check_float("scores", scores, 1, "[*B, s]")
-    if scores.shape != x.shape[:-1] or scores.shape[-1] == 0:
+    num_samples = check_scores(scores, num_samples, certainty, lengths)
+    if scores.shape != x.shape[:-1]:
         raise ValueError(f"scores: got shape {scores.shape}, want one for each item of {x.shape}")
-    num_samples = checks.check_count("num_samples", num_samples)
-    if not certainty > 0:
-        raise ValueError(f"certainty: got {certainty}, want > 0")
     if proposal not in ("local", "uniform"):
         raise ValueError(f'proposal: got {proposal!r}, want "local" or "uniform"')
-
+    if proposal == "uniform" and key is None:
+        raise ValueError('key: got None, want a PRNG key for proposal="uniform"')
+    _, order, steps = sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
+    size = scores.shape[-1:]
     items, levels, permutations = [x], [scores], []
-    starts = bucket_starts(scores.shape[-1])
-    for level_key, start, next_start in zip(
-        jax.random.split(key, max(len(starts) - 1, 1)), starts, starts[1:], strict=False
-    ):
-        noise_shape = (*scores.shape[:-1], num_samples, scores.shape[-1])
-        noise = jax.random.logistic(level_key, noise_shape, accumulator(scores.dtype))
-        permutation = _split(noise, levels[-1], start, next_start, certainty, proposal)
-        permutations.append(permutation)
-        items.append(_apply(permutation, items[-1]))
-        levels.append(_apply(permutation, levels[-1][..., None])[..., 0])
+    for level, step in enumerate(steps):
+        sources = jnp.broadcast_to(step.sources, step.values.shape)
+        if level == 0:
+            flat = sources.reshape(*order.shape[:-1], size[0] * sources.shape[-1])
+            sources = jnp.take_along_axis(order, flat, axis=-1).reshape(sources.shape)
+        values = step.values.astype(x.dtype)
+        permutations.append(RowSparseTensor(sources[..., None], values, size, size))
+        items.append(restore(step.state[..., 1:], x, lengths))
+        levels.append(restore(step.state[..., :1], scores[..., None], lengths)[..., 0])
     return SoftSort(tuple(items), tuple(levels), tuple(permutations))
+
+
+def check_scores(
+    scores: jax.Array,
+    num_samples: int,
+    certainty: float | jax.Array,
+    lengths: jax.Array | None,
+) -> int:
+    """Checks what all soft sorts take; returns `num_samples` as an int."""
+    checks.check_float("scores", scores, 1, "[*B, s]")
+    if scores.shape[-1] == 0:
+        raise ValueError(f"scores: got shape {scores.shape}, want at least one item")
+    if not isinstance(certainty, jax.Array) and not certainty > 0:
+        raise ValueError(f"certainty: got {certainty}, want > 0")
+    if lengths is not None and (
+        getattr(lengths, "dtype", None) != jnp.int32 or lengths.shape != scores.shape[:-1]
+    ):
+        got = f"{getattr(lengths, 'dtype', type(lengths))}{list(getattr(lengths, 'shape', ()))}"
+        raise ValueError(f"lengths: got {got}, want int32{list(scores.shape[:-1])}")
+    return checks.check_count("num_samples", num_samples)
+
+
+def sort_softly(
+    key: jax.Array | None,
+    x: jax.Array,
+    scores: jax.Array,
+    num_samples: int,
+    certainty: float | jax.Array,
+    proposal: str,
+    lengths: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, Iterable[exchange.Step]]:
+    """The final state [*B, s, 1 + d] by place, which items were sorted to where, and all steps."""
+    size = scores.shape[-1]
+    dtype = accumulator(x.dtype if x.dtype == jnp.float64 else scores.dtype)
+    fixed = jax.lax.stop_gradient(scores)
+    place = jnp.broadcast_to(jax.lax.iota(jnp.int32, size), scores.shape)
+    if lengths is None:
+        order = jax.lax.sort((fixed, place), num_keys=1, is_stable=True)[1]
+    else:
+        absent = place >= lengths[..., None]
+        order = jax.lax.sort((absent, jnp.where(absent, 0, fixed), place), num_keys=2)[2]
+    state = jnp.concatenate([scores[..., None].astype(dtype), x.astype(dtype)], -1)
+
+    def at(places, count):
+        """The state at sorted places, and which of them there are."""
+        source = order[..., jnp.minimum(places, size - 1)]
+        found = jnp.take_along_axis(state, source[..., None], axis=-2)
+        if count is None:
+            return found, None
+        present = jnp.broadcast_to(places, (*jnp.shape(count)[:-1], len(places))) < count
+        return jnp.where(present[..., None], found, 0), present
+
+    count = None if lengths is None else lengths[..., None]
+    if num_samples == 0:
+        state, _ = at(jax.lax.iota(jnp.int32, size), count)
+        ones = jnp.ones((*scores.shape, 1), dtype)
+        step = exchange.Step(jax.lax.iota(jnp.int32, size)[:, None], ones, state)
+        return state, order, [step] * (size - 1).bit_length()
+    if proposal == "uniform":
+        state, _ = at(jax.lax.iota(jnp.int32, size), count)
+        full = jnp.full(scores.shape[:-1], size, jnp.int32) if lengths is None else lengths
+        steps = list(exchange.split_at_random(key, state, full, num_samples, certainty))
+        return (steps[-1].state if steps else state), order, steps
+    slots = exchange.place_of_slot(size)
+    if count is None and len(slots) > size:
+        count = size
+    state, present = at(slots, count)
+    partners = 1 << (num_samples - 1).bit_length()
+    state, levels = exchange.loosen(state, present, partners, certainty)
+    state = state[..., exchange.slot_of_place(size), :]
+    return state, order, exchange.steps(*levels, size)
+
+
+def restore(state: jax.Array, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """A level [*B, s, d] as it is returned: of the dtype of x, what is absent as it was."""
+    state = state.astype(x.dtype)
+    if lengths is None:
+        return state
+    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
+    return jnp.where(place < lengths[..., None, None], state, x)
 
 
 def bucket_starts(size: int) -> list[np.ndarray]:
     """Where the buckets of a sequence begin, level by level.
 
-    Every bucket is halved from a level to the next, the lower half no larger than the upper, until
-    all have one item.
+    Buckets are aligned ranges of a power of two, halved from a level to the next until all have one
+    item; the last one may be cut off.
 
     Args:
       size: the items in the sequence, s.
 
     Returns:
       One int array [buckets] for each level, 1 + ceil(log2(s)) of them.
+
+    Raises:
+      ValueError: `size` is not an int >= 1.
     """
-    levels = [np.array([0])]
-    while len(levels[-1]) < size:
-        starts = levels[-1]
-        middles = starts + np.diff(np.append(starts, size)) // 2
-        levels.append(np.unique(np.concatenate([starts, middles])))
-    return levels
+    size = checks.check_count("size", size)
+    if size == 0:
+        raise ValueError("size: got 0, want at least one item")
+    bits = (size - 1).bit_length()
+    return [np.arange(0, size, 1 << bit) for bit in reversed(range(bits + 1))]
 
 
-def _split(noise, scores, start, next_start, certainty, proposal):
-    """The soft permutation that splits the buckets at `start` into those at `next_start`."""
-    size = scores.shape[-1]
-    positions = np.arange(size, dtype=np.int32)
-    bucket = np.searchsorted(start, positions, side="right").astype(np.int32) - 1
-    half = np.searchsorted(next_start, positions, side="right").astype(np.int32) - 1
-    stop = np.append(start[1:], size)
-    middle = (start + stop) // 2
-
-    def order(by):
-        """Stable sort within each bucket: which item comes to each position."""
-        fixed = [jnp.broadcast_to(_align(a, by), by.shape) for a in (bucket, positions)]
-        return jax.lax.sort((fixed[0], by, fixed[1]), num_keys=2, is_stable=True)[2]
-
-    scores = scores.astype(accumulator(scores.dtype))
-    by_score = order(jax.lax.stop_gradient(scores))
-    ordered = jnp.take_along_axis(scores, by_score, axis=-1)
-    below = np.where((stop - start) % 2, middle, np.maximum(middle - 1, 0))
-    pivot = ordered[..., below] / 2 + ordered[..., middle] / 2
-    log_odds = (scores - pivot[..., bucket]) * certainty
-    log_odds = jnp.clip(log_odds, -_MAX_LOG_ODDS, _MAX_LOG_ODDS)
-
-    # Rows are the items after the split by score, in which both halves keep the order they had.
-    split = jnp.sort(by_score + _align(half * size, by_score), axis=-1) % size
-    log_odds = jnp.take_along_axis(log_odds, split, axis=-1)
-    drawn = noise
-    if proposal == "local":
-        drawn += jax.lax.stop_gradient(log_odds)[..., None, :]
-    unchanged = jnp.broadcast_to(_align(positions, noise), (*noise.shape[:-2], 1, size))
-    rows = jnp.concatenate([unchanged, _exchange(order(drawn), half)], axis=-2)
-    sign = np.where(np.isin(next_start[half], start), -1, 1).astype(scores.dtype)
-    odds = jnp.take_along_axis(log_odds[..., None, :], rows, axis=-1)
-    membership = (bucket[:, None] == np.arange(len(start))).astype(scores.dtype)
-    log_weight = jnp.matmul(
-        jax.nn.log_sigmoid(odds * _align(sign, odds)), membership, precision="highest"
-    )
-
-    # A candidate is known by its lower half; short rows repeat their last item.
-    width = np.arange(max(1, (middle - start).max()))
-    lower = np.minimum(start[:, None] + width, np.maximum(middle - 1, start)[:, None])
-    copies = duplicate_mask(jnp.moveaxis(rows[..., lower], -3, -2))
-    log_weight = jnp.where(jnp.moveaxis(copies, -1, -2), -jnp.inf, log_weight)
-    weight = jax.nn.softmax(log_weight, axis=-2)[..., bucket]
-    source = jnp.take_along_axis(split[..., None, :], rows, axis=-1)
-    return RowSparseTensor(
-        jnp.moveaxis(source, -1, -2)[..., None], jnp.moveaxis(weight, -1, -2), (size,), (size,)
-    )
-
-
-def _exchange(order, half):
-    """Turns candidate orders of rows [..., s] into permutations that move as few rows as they can.
-
-    The row at position i of an order belongs in half[i]. Rows that are there already stay, and the
-    others of a half, in order, take the places of those that leave it.
-    """
-    size = len(half)
-    halves = jnp.asarray(half, order.dtype)
-    home = halves[order]
-    goal = jnp.broadcast_to(_align(half, order), order.shape)
-    # Sorting by row inverts the order: where each row goes.
-    rows = _align(np.arange(size, dtype=half.dtype), order)
-    goal_of_row = halves[jnp.sort(order * size + rows, axis=-1) % size]
-    row = jnp.broadcast_to(rows, order.shape)
-
-    def arrange(half, moves, row):
-        """By half: the rows that stay, then those that move, each in ascending order."""
-        return jnp.sort((2 * half + moves.astype(half.dtype)) * size + row, axis=-1) % size
-
-    arriving = arrange(goal, home != goal, order)
-    leaving = arrange(goal, goal_of_row != goal, row)
-    return jnp.sort(leaving * size + arriving, axis=-1) % size
-
-
-def _apply(permutation, x):
+def _contract(permutation, x):
     values = permutation.values.astype(x.dtype)
     return contract(dataclasses.replace(permutation, values=values), x)
-
-
-def _align(row, x):
-    """A static [s] with as many axes as `x` [..., s]."""
-    return row.reshape((1,) * (x.ndim - 1) + row.shape)

@@ -64,25 +64,42 @@ def split_probability(scores, upper, certainty):
     return np.prod([up[i] if i in upper else 1 - up[i] for i in range(len(scores))])
 
 
-def soft_split(scores, candidates, certainty):
-    """The mean permutation of a bucket over `candidates`, sets of upper items, copies once.
+def soft_split(scores, half, candidates, certainty):
+    """The mean permutation of a sorted bucket over `candidates`, sets of upper items, copies once.
 
-    Items that a candidate moves to the other side of the split by score exchange places.
+    The split is at `half`. Items that a candidate moves to the other side exchange places.
     """
     n = len(scores)
-    by_score = sorted(range(n), key=lambda i: scores[i])
-    base = sorted(by_score[: n // 2]) + sorted(by_score[n // 2 :])
     total, matrix = 0.0, np.zeros((n, n))
     for upper in {frozenset(c) for c in candidates}:
-        order = list(base)
-        rising = [row for row in range(n // 2) if base[row] in upper]
-        falling = [row for row in range(n // 2, n) if base[row] not in upper]
+        order = np.arange(n)
+        rising = [row for row in range(half) if row in upper]
+        falling = [row for row in range(half, n) if row not in upper]
         for low, high in zip(rising, falling, strict=True):
-            order[low], order[high] = base[high], base[low]
+            order[low], order[high] = high, low
         weight = split_probability(scores, upper, certainty)
         total += weight
         matrix[np.arange(n), order] += weight
     return matrix / total
+
+
+def soft_exchange(scores, half, width, certainty):
+    """The permutation of a level whose buckets are split at `half`; blocks of `width` exchange."""
+    scores = np.asarray(scores, np.float64)
+    n = len(scores)
+    odds = np.zeros((n, n))
+    for low in range(n):
+        for high in range(low + 1, n):
+            split = (high // half) * half
+            same_bucket = low // (2 * half) == high // (2 * half)
+            if (
+                same_bucket
+                and low < split
+                and (split - 1 - low) // width == (high - split) // width
+            ):
+                odds[low, high] = odds[high, low] = np.exp(certainty * (scores[low] - scores[high]))
+    rates = odds / (1 + odds.sum(1)[:, None] + odds.sum(1)[None] - odds)
+    return rates + np.diag(1 - rates.sum(1))
 
 
 def attention(query, key, value, entries, seen=None):

@@ -21,7 +21,7 @@ class SoftQuicksort(nnx.Module):
         """Makes the layer.
 
         Args:
-          num_samples: random splits per bucket.
+          num_samples: partners of an item at a level; for "uniform" random splits of a bucket.
           certainty: > 0, how soon a difference in score decides.
           proposal: "local" or "uniform", see `soft_quicksort`.
           deterministic: sorts exactly; `nnx.view(model, deterministic=True)` for evaluation.
@@ -33,8 +33,10 @@ class SoftQuicksort(nnx.Module):
         self.deterministic = deterministic
         self.rngs = rngs["sample"].fork()
 
-    def __call__(self, x: jax.Array, scores: jax.Array) -> SoftSort:
-        """Sorts x [*B, s, d] by scores [*B, s], ascending."""
+    def __call__(
+        self, x: jax.Array, scores: jax.Array, lengths: jax.Array | None = None
+    ) -> SoftSort:
+        """Sorts x [*B, s, d] by scores [*B, s], ascending; of each set the first of `lengths`."""
         key = jax.random.key(0) if self.deterministic else self.rngs()
         return soft_quicksort(
             key,
@@ -43,6 +45,7 @@ class SoftQuicksort(nnx.Module):
             num_samples=0 if self.deterministic else self.num_samples,
             certainty=self.certainty,
             proposal=self.proposal,
+            lengths=lengths,
         )
 
     def set_view(self, *, deterministic: bool | None = None):
