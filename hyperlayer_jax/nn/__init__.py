@@ -12,9 +12,11 @@ from hyperlayer_jax.nn.glimpse import (
     quad_means,
     reinforce_loss,
 )
-from hyperlayer_jax.nn.hyperlayer import FreeTuples, HyperLayer, SparseLinear
+from hyperlayer_jax.nn.hyperlayer import HyperLayer
+from hyperlayer_jax.nn.jumping import PlacedTuples, explore, jump, jumps
 from hyperlayer_jax.nn.positions import shorten_steps
 from hyperlayer_jax.nn.sort import SoftQuicksort
+from hyperlayer_jax.nn.sparse import FreeTuples, SparseLinear
 from hyperlayer_jax.nn.transformer import TransformerLM, generate
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "GlimpseAttention",
     "Glimpses",
     "HyperLayer",
+    "PlacedTuples",
     "ReinforceGlimpses",
     "SoftQuicksort",
     "SparseLinear",
@@ -32,7 +35,10 @@ __all__ = [
     "affine_means",
     "bilinear",
     "box_means",
+    "explore",
     "generate",
+    "jump",
+    "jumps",
     "quad_means",
     "reinforce_loss",
     "shorten_steps",
