@@ -21,8 +21,8 @@ from hyperlayer_jax.types import IndexTuples
 
 # The largest axis whose indices float32 tells apart.
 _LONGEST = 2**24
-# Candidates for each tuple of a chunk, and random directions in which a gradient is measured.
-_CANDIDATES, _DIRECTIONS = 4, 8
+# Candidates for each tuple of a chunk, and random sums by which a gradient is measured.
+CANDIDATES, SUMS = 4, 8
 # What is added to the chance of a place, as a part of the mean one.
 _FLOOR = 1e-3
 # Of the mean of squared gradients from step to step.
@@ -253,11 +253,11 @@ def jumps(
         )
         part = fraction / 2 * (1 + jnp.cos(math.pi * step.astype(jnp.float32) / max(until, 1)))
         key = jax.random.fold_in(jax.random.key(seed), step)
-        keys = jax.random.split(key, 2 * len(paths))
+        keys = jax.random.split(key, len(paths) + 1)
 
         def move():
             new, masks = {}, {}
-            for path, square, key in zip(paths, squares, keys[::2], strict=True):
+            for path, square, key in zip(paths, squares, keys[1:], strict=True):
                 places, values = leaves[*path, "places"], leaves[*path, "values"]
                 usefulness = jnp.abs(values.astype(jnp.float32)) * jnp.sqrt(square)
                 better = gradients[*path, "places"]
@@ -280,9 +280,9 @@ def jumps(
             return new, squares, inner
 
         new, squares, inner = jax.lax.cond(explores(step), move, stay)
-        for path, key in zip(paths, keys[1::2], strict=True):
-            number = jax.random.uniform(key, minval=0.5)
-            number = jnp.where(explores(step + 1), number, 0)
+        numbers = jax.random.uniform(keys[0], (len(paths),), minval=0.5)
+        numbers = jnp.where(explores(step + 1), numbers, 0)
+        for path, number in zip(paths, numbers, strict=True):
             new[*path, "seed"] = number - leaves[*path, "seed"]
         return _replace(updates, inner_updates | new), JumpState(step + 1, squares, inner)
 
@@ -326,30 +326,37 @@ def unravel(flat: jax.Array, shape: Sequence[int]) -> jax.Array:
     return jnp.stack(coordinates[::-1], -1)
 
 
-def norms(key: jax.Array, x: jax.Array, dy: jax.Array) -> jax.Array:
+def chances(key: jax.Array, *shapes: Sequence[int]) -> list[jax.Array]:
+    """Arrays of those shapes of numbers in [0, 1), drawn at once: every draw has to be compiled."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = jnp.split(jax.random.uniform(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def norms(chance: jax.Array, x: jax.Array, dy: jax.Array) -> jax.Array:
     """Estimates the norms of the rows of x dy^T, which is not formed, from a few random sums of dy.
 
     Args:
-      key: a PRNG key.
+      chance: float32 [q, o] in [0, 1): the signs of q sums.
       x: float [i, n].
       dy: float [o, n].
 
     Returns:
       float32 [i].
     """
-    signs = jax.random.rademacher(key, (_DIRECTIONS, dy.shape[0]), jnp.float32)
+    signs = jnp.where(chance < 0.5, -1.0, 1.0)
     sums = x.astype(jnp.float32) @ (signs @ dy.astype(jnp.float32)).T
     return jnp.sqrt((sums**2).mean(-1))
 
 
-def draw(key: jax.Array, weights: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Draws indices int32 `shape` in proportion to weights [n] >= 0, and a little uniformly."""
+def draw(chance: jax.Array, weights: jax.Array) -> jax.Array:
+    """Draws indices int32 [...] in proportion to weights [n] >= 0, and a little uniformly.
+
+    Args:
+      chance: float32 [...] in [0, 1).
+      weights: float32 [n].
+    """
     floor = _FLOOR * weights.mean() + jnp.finfo(jnp.float32).tiny
     edges = jnp.cumsum(weights + floor)
-    chance = jax.random.uniform(key, shape) * edges[-1]
-    return jnp.minimum(jnp.searchsorted(edges, chance), weights.shape[0] - 1).astype(jnp.int32)
-
-
-def num_candidates(num_tuples: int) -> int:
-    """How many candidates there are for the tuples of a chunk."""
-    return _CANDIDATES * num_tuples
+    found = jnp.searchsorted(edges, chance * edges[-1], side="right")
+    return jnp.minimum(found, weights.shape[0] - 1).astype(jnp.int32)

@@ -10,7 +10,16 @@ from flax import nnx
 
 from hyperlayer_jax import checks, kernels
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
-from hyperlayer_jax.nn.jumping import PlacedTuples, draw, explore, norms, num_candidates, unravel
+from hyperlayer_jax.nn.jumping import (
+    CANDIDATES,
+    SUMS,
+    PlacedTuples,
+    chances,
+    draw,
+    explore,
+    norms,
+    unravel,
+)
 from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
 
@@ -171,18 +180,18 @@ class SparseLinear(nnx.Module):
 def _propose_by_output(out_shape, in_shape, key, places, x, dy):
     """Candidates int32 [rows, c, r] for every output, likely good ones, and their gradients."""
     x, dy = x.reshape(math.prod(in_shape), -1), dy.reshape(math.prod(out_shape), -1)
-    keys = jax.random.split(key)
-    shape = (dy.shape[0], num_candidates(places.shape[-2]))
-    columns = draw(keys[1], norms(keys[0], x, dy), shape)
+    rows, c = dy.shape[0], CANDIDATES * places.shape[-2]
+    chance, signs = chances(key, (rows, c), (SUMS, rows))
+    columns = draw(chance, norms(signs, x, dy))
     return unravel(columns, in_shape), kernels.ell_sddmm(columns, dy, x)
 
 
 def _propose(out_shape, in_shape, key, places, x, dy):
     """Candidates int32 [c, R] anywhere, likely good ones, and their gradients."""
     x, dy = x.reshape(math.prod(in_shape), -1), dy.reshape(math.prod(out_shape), -1)
-    keys = jax.random.split(key, 4)
-    shape = (num_candidates(places.shape[-2]),)
-    rows = draw(keys[0], norms(keys[1], dy, x), shape)
-    columns = draw(keys[2], norms(keys[3], x, dy), shape)
+    sizes, c = (dy.shape[0], x.shape[0]), CANDIDATES * places.shape[-2]
+    chance, *signs = chances(key, (2, c), *((SUMS, size) for size in sizes))
+    rows = draw(chance[0], norms(signs[1], dy, x))
+    columns = draw(chance[1], norms(signs[0], x, dy))
     candidates = jnp.concatenate([unravel(rows, out_shape), unravel(columns, in_shape)], -1)
     return candidates, kernels.sddmm(rows, columns, dy, x)
