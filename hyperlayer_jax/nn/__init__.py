@@ -13,7 +13,7 @@ from hyperlayer_jax.nn.glimpse import (
     reinforce_loss,
 )
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
-from hyperlayer_jax.nn.jumping import PlacedTuples, explore, jump, jumps
+from hyperlayer_jax.nn.jumping import PlacedTuples, explore, jump, jumps, weakest
 from hyperlayer_jax.nn.positions import shorten_steps
 from hyperlayer_jax.nn.sort import SoftQuicksort
 from hyperlayer_jax.nn.sparse import FreeTuples, SparseLinear
@@ -42,4 +42,5 @@ __all__ = [
     "quad_means",
     "reinforce_loss",
     "shorten_steps",
+    "weakest",
 ]

@@ -21,8 +21,8 @@ from hyperlayer_jax.types import IndexTuples
 
 # The largest axis whose indices float32 tells apart.
 _LONGEST = 2**24
-# Candidates for each tuple of a chunk, and random sums by which a gradient is measured.
-CANDIDATES, SUMS = 4, 8
+# Random sums by which the norms of a gradient are measured.
+SUMS = 8
 # What is added to the chance of a place, as a part of the mean one.
 _FLOOR = 1e-3
 # Of the mean of squared gradients from step to step.
@@ -68,8 +68,8 @@ class PlacedTuples(nnx.Module):
         flat = jax.random.randint(rngs.params(), size, first, last, jnp.int32)
         self.places = nnx.Param(unravel(flat, self.shape).astype(jnp.float32))
         self.values = nnx.Param(jax.random.normal(rngs.params(), size) * scale)
-        # Not 0 in steps in which better places are looked for: a seed.
-        self.seed = nnx.Param(jnp.zeros(()))
+        # Not 0 in steps in which better places are looked for: seeds.
+        self.looks = nnx.Param(jnp.zeros(size))
 
     def __call__(self, x: jax.Array | None = None) -> IndexTuples:
         """Returns means [*chunks, k, r], sigmas of 0 and values [*chunks, k], whatever x is."""
@@ -83,9 +83,10 @@ Propose = Callable[[jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, jax.
 def explore(propose: Propose, tuples: PlacedTuples, x: Any, y: jax.Array) -> jax.Array:
     """Returns y, a layer's output for x; where asked to, looks for better places on the way back.
 
-    What it finds is the "gradient" of `tuples.places`: places [*chunks, k, r], the best first, and
-    -1 where there is none. (Flax hands on the scales of 8-bit floats in the same way.) It costs
-    nothing while `tuples.seed` is 0.
+    What it finds are the "gradients" of `tuples.places`, places [*chunks, k, r], the best first,
+    and of `tuples.looks`, the sizes [*chunks, k] of the gradients of weights there, 0 where there
+    is no place. (Flax hands on the scales of 8-bit floats in the same way.) While `tuples.looks` is
+    0 it does nothing.
 
     Args:
       propose: `(key, places, x, gradient of y) -> (candidates int32 [*chunks, c, r], gradients
@@ -94,33 +95,36 @@ def explore(propose: Propose, tuples: PlacedTuples, x: Any, y: jax.Array) -> jax
       x: arrays that the gradients depend on.
       y: float array.
     """
-    return _explore(propose, tuples.places[...], tuples.seed[...], x, y)
+    return _explore(propose, tuples.places[...], tuples.looks[...], x, y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _explore(propose, places, seed, x, y):
+def _explore(propose, places, looks, x, y):
     return y
 
 
-def _explore_fwd(propose, places, seed, x, y):
-    return y, (places, seed, x)
+def _explore_fwd(propose, places, looks, x, y):
+    return y, (places, looks, x)
 
 
 def _explore_bwd(propose, residuals, dy):
-    places, seed, x = residuals
+    places, looks, x = residuals
+    seed = looks.ravel()[0] if looks.size else jnp.zeros(())
 
     def look():
         key = jax.random.key(jax.lax.bitcast_convert_type(seed, jnp.uint32))
         return best(places, *propose(key, places, x, dy))
 
-    better = jax.lax.cond(seed != 0, look, lambda: jnp.zeros_like(places))
-    return better, jnp.zeros_like(seed), None, dy
+    found = jax.lax.cond(seed != 0, look, lambda: (jnp.zeros_like(places), jnp.zeros_like(looks)))
+    return *found, None, dy
 
 
 _explore.defvjp(_explore_fwd, _explore_bwd)
 
 
-def best(places: jax.Array, candidates: jax.Array, gradients: jax.Array) -> jax.Array:
+def best(
+    places: jax.Array, candidates: jax.Array, gradients: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The candidates of the largest gradients, chunk by chunk.
 
     Args:
@@ -129,59 +133,82 @@ def best(places: jax.Array, candidates: jax.Array, gradients: jax.Array) -> jax.
       gradients: float [*B, c].
 
     Returns:
-      float32 [*B, k, r], all different, those of the largest gradients first; -1 where there are
-      no more whose gradient is not 0.
+      Different candidates, float32 [*B, k, r], and the sizes of their gradients, float32 [*B, k],
+      the largest first. Where there are no more whose gradient is not 0, sizes are 0.
     """
     k = places.shape[-2]
     points = jnp.concatenate([places.astype(jnp.int32), candidates], -2)
     copies = duplicate_mask(points)[..., k:]
-    size = jnp.where(copies, 0, jnp.abs(gradients.astype(jnp.float32)))
-    size, order = jax.lax.top_k(size, k)
+    sizes = jnp.where(copies, 0, jnp.abs(gradients.astype(jnp.float32)))
+    sizes, order = jax.lax.top_k(sizes, k)
     chosen = jnp.take_along_axis(candidates, order[..., None], -2)
-    return jnp.where(size[..., None] > 0, chosen, -1).astype(jnp.float32)
+    return chosen.astype(jnp.float32), sizes
 
 
-def jump(
-    key: jax.Array,
-    places: jax.Array,
-    values: jax.Array,
-    usefulness: jax.Array,
-    better: jax.Array,
-    fraction: jax.Array | float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Moves the least useful tuples of every chunk to better places, where their values are 0.
+def weakest(key: jax.Array, usefulness: jax.Array, fraction: jax.Array | float) -> jax.Array:
+    """Marks the least useful tuples of every chunk.
 
     Args:
       key: a PRNG key, which decides where a fraction of k is not whole.
-      places: float32 [*B, k, r].
-      values: float [*B, k].
       usefulness: float [*B, k].
-      better: float32 [*B, k, r], the best first, -1 where there are no more.
-      fraction: of the tuples, in [0, 1]; fewer move if there are not so many better places.
+      fraction: in [0, 1].
 
     Returns:
-      Places and values as they are then, and which have moved, bool [*B, k].
+      bool [*B, k].
     """
-    k = values.shape[-1]
-    chance = jax.random.uniform(key, (*values.shape[:-1], 1))
-    count = jnp.floor(jnp.asarray(fraction, jnp.float32) * k + chance)
-    rank = jnp.argsort(jnp.argsort(usefulness, -1), -1)
+    chance = jax.random.uniform(key, (*usefulness.shape[:-1], 1))
+    count = jnp.floor(jnp.asarray(fraction, jnp.float32) * usefulness.shape[-1] + chance)
+    return _rank(usefulness) < count.astype(jnp.int32)
+
+
+def jump(
+    places: jax.Array,
+    gradients: jax.Array,
+    doubtful: jax.Array,
+    better: jax.Array,
+    sizes: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Moves doubtful tuples to where a weight would help more than where they are.
+
+    Doubtful tuples have a value of 0, so that all places are on an equal footing: those of the
+    largest gradients win, be they old or new.
+
+    Args:
+      places: float32 [*B, k, r].
+      gradients: float [*B, k], of the values.
+      doubtful: bool [*B, k].
+      better: float32 [*B, k, r], other places.
+      sizes: float32 [*B, k], of the gradients of values there, the largest first.
+
+    Returns:
+      The places, float32 [*B, k, r], and which are new, bool [*B, k].
+    """
+    own = jnp.where(doubtful, jnp.abs(gradients.astype(jnp.float32)), jnp.inf)
+    rank = _rank(own)
+    moved = jnp.take_along_axis(sizes, rank, -1) > own
     target = jnp.take_along_axis(better, rank[..., None], -2)
-    moved = (rank < count.astype(jnp.int32)) & (target[..., 0] >= 0)
-    return jnp.where(moved[..., None], target, places), jnp.where(moved, 0, values), moved
+    return jnp.where(moved[..., None], target, places), moved
+
+
+def _rank(x: jax.Array) -> jax.Array:
+    return jnp.argsort(jnp.argsort(x, -1), -1)
 
 
 class JumpState(NamedTuple):
-    """What `jumps` remembers.
+    """What `jumps` remembers; lists have an entry for each `PlacedTuples`.
 
     Attributes:
       step: int32, how many updates there have been.
-      squares: for each `PlacedTuples`, the mean of the squared gradients of its values.
+      squares: means of the squared gradients of values.
+      doubtful: which tuples had their values taken away for the next step.
+      values: what those were.
       inner: state of the optimizer.
     """
 
     step: jax.Array
-    squares: tuple[jax.Array, ...]
+    squares: list[jax.Array]
+    doubtful: list[jax.Array]
+    values: list[jax.Array]
     inner: Any
 
 
@@ -191,15 +218,16 @@ def jumps(
     *,
     until: int,
     every: int = 50,
-    fraction: float = 0.5,
+    fraction: float = 0.3,
     seed: int = 0,
 ) -> Any:
     """Makes an optimizer of Optax move weights of little use to places where they would help.
 
     Every so many steps, the `fraction` of the tuples of each chunk that matter least (by the size
-    of the value times the root mean square of its gradient) jump to the places that the layers'
-    `explore` has found. Their values, and the optimizer's moments of these, start at 0. The
-    fraction decays to 0 like half a cosine.
+    of the value times the root mean square of its gradient) have no value for one step. In this
+    step the layers' `explore` finds other places, and gradients decide: those of the largest have
+    the tuples from then on. Tuples that stay get their values back. Those that jump start at 0, as
+    do the optimizer's moments of their values. The fraction decays to 0 like half a cosine.
 
     It sees to the places by itself: `optimizer` gets neither them nor their gradients. Gradients
     must be those of one batch as they come, so averages over several (`optax.MultiSteps`) belong
@@ -209,8 +237,8 @@ def jumps(
       model: the module that is optimized, or one like it; it has layers with `PlacedTuples`.
       optimizer: an `optax.GradientTransformation` for the parameters of the model.
       until: the step after which all stay; the rest of the training is for values alone.
-      every: steps between jumps.
-      fraction: the part of the tuples that moves at first.
+      every: steps between jumps. They are in the middle of these, where nobody evaluates.
+      fraction: the part of the tuples that is in doubt at first.
       seed: of what is random.
 
     Returns:
@@ -228,63 +256,95 @@ def jumps(
     paths = [tuple(map(str, path)) for path, m in modules if isinstance(m, PlacedTuples)]
     if not paths:
         raise ValueError("model: got none with `PlacedTuples`, want a layer whose weights can jump")
-    own = {(*path, name) for path in paths for name in ("places", "seed")}
+    hidden = dict.fromkeys((*path, name) for path in paths for name in ("places", "looks"))
 
-    def hide(tree):
-        """The tree without the parameters that the optimizer does not see."""
-        return _replace(tree, dict.fromkeys(own))
+    def select(tree, name):
+        leaves = _leaves(tree)
+        return [leaves[*path, name] for path in paths]
 
-    def explores(step):
-        return (step > 0) & (step < until) & (step % every == 0)
+    def at(name, leaves):
+        return {(*path, name): leaf for path, leaf in zip(paths, leaves, strict=True)}
+
+    def looks(step):
+        return (step % every == every // 2) & (step < until)
 
     def init(params):
-        leaves = _leaves(params)
-        squares = tuple(jnp.zeros_like(leaves[*path, "values"], jnp.float32) for path in paths)
-        return JumpState(jnp.zeros((), jnp.int32), squares, optimizer.init(hide(params)))
+        values = select(params, "values")
+        return JumpState(
+            step=jnp.zeros((), jnp.int32),
+            squares=[jnp.zeros_like(value, jnp.float32) for value in values],
+            doubtful=[jnp.zeros_like(value, bool) for value in values],
+            values=[jnp.zeros_like(value) for value in values],
+            inner=optimizer.init(_replace(params, hidden)),
+        )
 
     def update(updates, state, params, **extra):
-        gradients, leaves = _leaves(updates), _leaves(params)
-        step = state.step
-        inner_updates, inner = optimizer.update(hide(updates), state.inner, hide(params), **extra)
-        inner_updates = _leaves(inner_updates)
-        squares = tuple(
-            _DECAY * square + (1 - _DECAY) * gradients[*path, "values"].astype(jnp.float32) ** 2
-            for square, path in zip(state.squares, paths, strict=True)
+        step, doubtful = state.step, state.doubtful
+        places, values = select(params, "places"), select(params, "values")
+        gradients = select(updates, "values")
+        known = [jnp.where(d, 0, g) for d, g in zip(doubtful, gradients, strict=True)]
+        changes, inner = optimizer.update(
+            _replace(updates, hidden | at("values", known)),
+            state.inner,
+            _replace(params, hidden),
+            **extra,
         )
-        part = fraction / 2 * (1 + jnp.cos(math.pi * step.astype(jnp.float32) / max(until, 1)))
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        keys = jax.random.split(key, len(paths) + 1)
+        changes = select(changes, "values"), changes
+        squares = [
+            jnp.where(d, s, _DECAY * s + (1 - _DECAY) * g.astype(jnp.float32) ** 2)
+            for d, s, g in zip(doubtful, state.squares, gradients, strict=True)
+        ]
 
-        def move():
-            new, masks = {}, {}
-            for path, square, key in zip(paths, squares, keys[1:], strict=True):
-                places, values = leaves[*path, "places"], leaves[*path, "values"]
-                usefulness = jnp.abs(values.astype(jnp.float32)) * jnp.sqrt(square)
-                better = gradients[*path, "places"]
-                to, _, moved = jump(key, places, values, usefulness, better, part)
-                masks[*path, "values"] = moved
-                new[*path, "places"] = to - places
-                change = inner_updates[*path, "values"]
-                new[*path, "values"] = jnp.where(moved, -values, change).astype(change.dtype)
-            fresh = tuple(
-                jnp.where(masks[*path, "values"], 0, square)
-                for path, square in zip(paths, squares, strict=True)
+        def decide():
+            better, sizes = select(updates, "places"), select(updates, "looks")
+            found = list(map(jump, places, gradients, doubtful, better, sizes))
+            to, moved = ([pair[i] for pair in found] for i in range(2))
+            back = [
+                jnp.where(m, 0, jnp.where(d, kept, value + change)).astype(value.dtype)
+                for m, d, kept, value, change in zip(
+                    moved, doubtful, state.values, values, changes[0], strict=True
+                )
+            ]
+            fresh = [jnp.where(m, 0, s) for m, s in zip(moved, squares, strict=True)]
+            return to, back, fresh, _reset(inner, at("values", moved))
+
+        def proceed():
+            new = [
+                (value + change).astype(value.dtype)
+                for value, change in zip(values, changes[0], strict=True)
+            ]
+            return places, new, squares, inner
+
+        to, values_, squares, inner = jax.lax.cond(looks(step), decide, proceed)
+        key, *keys = jax.random.split(
+            jax.random.fold_in(jax.random.key(seed), step), 1 + len(paths)
+        )
+        next_ = looks(step + 1)
+
+        def doubt():
+            time = (step + 1).astype(jnp.float32) / max(until, 1)
+            part = fraction / 2 * (1 + jnp.cos(math.pi * time))
+            uses = [
+                jnp.abs(value.astype(jnp.float32)) * jnp.sqrt(square)
+                for value, square in zip(values_, squares, strict=True)
+            ]
+            return [weakest(k, use, part) for k, use in zip(keys, uses, strict=True)]
+
+        doubtful = jax.lax.cond(next_, doubt, lambda: list(map(jnp.zeros_like, doubtful)))
+        seeds = jnp.where(next_, jax.random.uniform(key, (len(paths),), minval=0.5), 0)
+        own = (
+            at("places", map(jnp.subtract, to, places))
+            | at(
+                "values",
+                [
+                    jnp.where(d, 0, new) - old
+                    for d, new, old in zip(doubtful, values_, values, strict=True)
+                ],
             )
-            return new, fresh, _reset(inner, masks)
-
-        def stay():
-            new = {}
-            for path in paths:
-                new[*path, "places"] = jnp.zeros_like(leaves[*path, "places"])
-                new[*path, "values"] = inner_updates[*path, "values"]
-            return new, squares, inner
-
-        new, squares, inner = jax.lax.cond(explores(step), move, stay)
-        numbers = jax.random.uniform(keys[0], (len(paths),), minval=0.5)
-        numbers = jnp.where(explores(step + 1), numbers, 0)
-        for path, number in zip(paths, numbers, strict=True):
-            new[*path, "seed"] = number - leaves[*path, "seed"]
-        return _replace(updates, inner_updates | new), JumpState(step + 1, squares, inner)
+            | at("looks", map(jnp.subtract, seeds, select(params, "looks")))
+        )
+        updates = _replace(updates, _leaves(changes[1]) | own)
+        return updates, JumpState(step + 1, squares, doubtful, values_, inner)
 
     return type(optimizer)(init, update)
 
@@ -360,3 +420,8 @@ def draw(chance: jax.Array, weights: jax.Array) -> jax.Array:
     edges = jnp.cumsum(weights + floor)
     found = jnp.searchsorted(edges, chance * edges[-1], side="right")
     return jnp.minimum(found, weights.shape[0] - 1).astype(jnp.int32)
+
+
+def num_candidates(num_tuples: int) -> int:
+    """How many places are tried for the tuples of a chunk."""
+    return 4 * num_tuples + 16

@@ -11,13 +11,13 @@ from flax import nnx
 from hyperlayer_jax import checks, kernels
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
 from hyperlayer_jax.nn.jumping import (
-    CANDIDATES,
     SUMS,
     PlacedTuples,
     chances,
     draw,
     explore,
     norms,
+    num_candidates,
     unravel,
 )
 from hyperlayer_jax.transforms import transform_means, transform_sigmas
@@ -180,7 +180,7 @@ class SparseLinear(nnx.Module):
 def _propose_by_output(out_shape, in_shape, key, places, x, dy):
     """Candidates int32 [rows, c, r] for every output, likely good ones, and their gradients."""
     x, dy = x.reshape(math.prod(in_shape), -1), dy.reshape(math.prod(out_shape), -1)
-    rows, c = dy.shape[0], CANDIDATES * places.shape[-2]
+    rows, c = dy.shape[0], num_candidates(places.shape[-2])
     chance, signs = chances(key, (rows, c), (SUMS, rows))
     columns = draw(chance, norms(signs, x, dy))
     return unravel(columns, in_shape), kernels.ell_sddmm(columns, dy, x)
@@ -189,7 +189,7 @@ def _propose_by_output(out_shape, in_shape, key, places, x, dy):
 def _propose(out_shape, in_shape, key, places, x, dy):
     """Candidates int32 [c, R] anywhere, likely good ones, and their gradients."""
     x, dy = x.reshape(math.prod(in_shape), -1), dy.reshape(math.prod(out_shape), -1)
-    sizes, c = (dy.shape[0], x.shape[0]), CANDIDATES * places.shape[-2]
+    sizes, c = (dy.shape[0], x.shape[0]), num_candidates(places.shape[-2])
     chance, *signs = chances(key, (2, c), *((SUMS, size) for size in sizes))
     rows = draw(chance[0], norms(signs[1], dy, x))
     columns = draw(chance[1], norms(signs[0], x, dy))
