@@ -79,6 +79,6 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "New folder to write to.", required=True)
     flags.DEFINE_list("densities", ["0.01", "0.05", "0.1"], "Parts of the weights that exist.")
-    flags.DEFINE_list("methods", typing.get_args(sparse.Method), "Of train.sparse.")
+    flags.DEFINE_list("methods", list(typing.get_args(sparse.Method)), "Of train.sparse.")
     flags.DEFINE_integer("seeds", 5, "Runs of each.", lower_bound=1)
     app.run(main)

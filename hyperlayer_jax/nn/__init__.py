@@ -1,6 +1,7 @@
 """Flax NNX modules on top of the functional API."""
 
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
+from hyperlayer_jax.nn.conv import SparseConv
 from hyperlayer_jax.nn.glimpse import (
     GlimpseAttention,
     Glimpses,
@@ -28,6 +29,7 @@ __all__ = [
     "PlacedTuples",
     "ReinforceGlimpses",
     "SoftQuicksort",
+    "SparseConv",
     "SparseLinear",
     "SparseSelfAttention",
     "SpatialTransformer",

@@ -18,6 +18,7 @@ from hyperlayer_jax.nn.jumping import (
     explore,
     norms,
     num_candidates,
+    ravel,
     unravel,
 )
 from hyperlayer_jax.transforms import transform_means, transform_sigmas
@@ -162,36 +163,65 @@ class SparseLinear(nnx.Module):
         """Maps x [*B, *in_shape] to [*B, *out_shape]."""
         checks.check_float("x", x, len(self.layer.in_shape), "[*B, *in_shape]")
         batch = x.shape[: x.ndim - len(self.layer.in_shape)]
+        if isinstance(self.layer.hypernetwork, PlacedTuples):
+            y = self._multiply(x.reshape(math.prod(batch), math.prod(self.layer.in_shape)))
+            return y.reshape(*batch, *self.layer.out_shape)
         features = jnp.moveaxis(x.reshape(math.prod(batch), *self.layer.in_shape), 0, -1)
-        y = self._multiply(features)
-        return jnp.moveaxis(y, -1, 0).reshape(*batch, *self.layer.out_shape)
+        return jnp.moveaxis(self.layer(features), -1, 0).reshape(*batch, *self.layer.out_shape)
 
     def _multiply(self, x: jax.Array) -> jax.Array:
-        """Maps x [*in_shape, n] to [*out_shape, n]."""
+        """Maps x [n, i] to [n, o]."""
         layer, tuples = self.layer, self.layer.hypernetwork
-        if layer.deterministic or not isinstance(tuples, PlacedTuples):
-            return layer(x)
-        y = nnx.view(layer, deterministic=True)(x)
-        shapes = (layer.out_shape, layer.in_shape)
-        propose = _propose_by_output if layer.by_output else _propose
-        return explore(functools.partial(propose, *shapes), tuples, x, y)
+        in_shape, num_rows = layer.in_shape, math.prod(layer.out_shape)
+        places, values = tuples.places[...].astype(jnp.int32), tuples.values[...].astype(x.dtype)
+        columns, inputs = _read(x, ravel(places[..., -len(in_shape) :], in_shape))
+        if layer.by_output:
+            y = kernels.ell_spmm(columns, values, inputs)
+            propose = functools.partial(_propose_by_output, in_shape)
+        else:
+            rows = ravel(places[..., : -len(in_shape)], layer.out_shape)
+            y = kernels.spmm(rows, columns, values, inputs, num_rows=num_rows)
+            propose = functools.partial(_propose, layer.out_shape, in_shape)
+        if not layer.deterministic:
+            y = explore(propose, tuples, x, y)
+        if layer.bias is not None:
+            y = y + layer.bias[...].astype(y.dtype).reshape(num_rows, 1)
+        return y.T
 
 
-def _propose_by_output(out_shape, in_shape, key, places, x, dy):
-    """Candidates int32 [rows, c, r] for every output, likely good ones, and their gradients."""
-    x, dy = x.reshape(math.prod(in_shape), -1), dy.reshape(math.prod(out_shape), -1)
+def _read(x, columns):
+    """Columns int32 [...] of x [n, i] as rows of another array: which [...], and that array [*, n].
+
+    A batch has to be turned for products with few weights; of a very wide one, only what is used.
+    """
+    if columns.size >= x.shape[1]:
+        return columns, x.T
+    used = jnp.take(x, columns.ravel(), axis=1).T
+    return jnp.arange(columns.size, dtype=jnp.int32).reshape(columns.shape), used
+
+
+def _propose_by_output(in_shape, key, places, x, dy):
+    """Candidates int32 [o, c, r] for every output, likely good ones, and their gradients.
+
+    Half of them are the inputs that matter most to all outputs together, and half are drawn.
+    """
     rows, c = dy.shape[0], num_candidates(places.shape[-2])
-    chance, signs = chances(key, (rows, c), (SUMS, rows))
-    columns = draw(chance, norms(signs, x, dy))
-    return unravel(columns, in_shape), kernels.ell_sddmm(columns, dy, x)
+    num_top = min(c // 2, x.shape[1])
+    chance, signs = chances(key, (rows, c - num_top), (SUMS, rows))
+    importance = norms(signs, x.T, dy)
+    top = jax.lax.top_k(importance, num_top)[1].astype(jnp.int32)
+    top = jnp.broadcast_to(top[None], (rows, num_top))
+    columns = jnp.concatenate([top, draw(chance, importance)], -1)
+    read, inputs = _read(x, columns)
+    return unravel(columns, in_shape), kernels.ell_sddmm(read, dy, inputs)
 
 
 def _propose(out_shape, in_shape, key, places, x, dy):
     """Candidates int32 [c, R] anywhere, likely good ones, and their gradients."""
-    x, dy = x.reshape(math.prod(in_shape), -1), dy.reshape(math.prod(out_shape), -1)
-    sizes, c = (dy.shape[0], x.shape[0]), num_candidates(places.shape[-2])
+    sizes, c = (dy.shape[0], x.shape[1]), num_candidates(places.shape[-2])
     chance, *signs = chances(key, (2, c), *((SUMS, size) for size in sizes))
-    rows = draw(chance[0], norms(signs[1], dy, x))
-    columns = draw(chance[1], norms(signs[0], x, dy))
+    rows = draw(chance[0], norms(signs[1], dy, x.T))
+    columns = draw(chance[1], norms(signs[0], x.T, dy))
     candidates = jnp.concatenate([unravel(rows, out_shape), unravel(columns, in_shape)], -1)
-    return candidates, kernels.sddmm(rows, columns, dy, x)
+    read, inputs = _read(x, columns)
+    return candidates, kernels.sddmm(rows, read, dy, inputs)
