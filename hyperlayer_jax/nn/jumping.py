@@ -146,7 +146,7 @@ def best(
 
 
 def weakest(key: jax.Array, usefulness: jax.Array, fraction: jax.Array | float) -> jax.Array:
-    """Marks the least useful tuples of every chunk.
+    """Marks the least useful tuples of every chunk, and all that are as useful as the last.
 
     Args:
       key: a PRNG key, which decides where a fraction of k is not whole.
@@ -156,9 +156,11 @@ def weakest(key: jax.Array, usefulness: jax.Array, fraction: jax.Array | float) 
     Returns:
       bool [*B, k].
     """
+    k = usefulness.shape[-1]
     chance = jax.random.uniform(key, (*usefulness.shape[:-1], 1))
-    count = jnp.floor(jnp.asarray(fraction, jnp.float32) * usefulness.shape[-1] + chance)
-    return _rank(usefulness) < count.astype(jnp.int32)
+    count = jnp.floor(jnp.asarray(fraction, jnp.float32) * k + chance).astype(jnp.int32)
+    last = jnp.take_along_axis(jnp.sort(usefulness, -1), jnp.clip(count - 1, 0, k - 1), -1)
+    return (usefulness <= last) & (count > 0)
 
 
 def jump(
@@ -184,14 +186,15 @@ def jump(
       The places, float32 [*B, k, r], and which are new, bool [*B, k].
     """
     own = jnp.where(doubtful, jnp.abs(gradients.astype(jnp.float32)), jnp.inf)
-    rank = _rank(own)
-    moved = jnp.take_along_axis(sizes, rank, -1) > own
-    target = jnp.take_along_axis(better, rank[..., None], -2)
-    return jnp.where(moved[..., None], target, places), moved
-
-
-def _rank(x: jax.Array) -> jax.Array:
-    return jnp.argsort(jnp.argsort(x, -1), -1)
+    order = jnp.argsort(own, -1)
+    moves = sizes > jnp.take_along_axis(own, order, -1)
+    old = jnp.take_along_axis(places, order[..., None], -2)
+    new = jnp.where(moves[..., None], better, old)
+    put = functools.partial(jnp.put_along_axis, inplace=False)
+    return (
+        put(places, jnp.broadcast_to(order[..., None], new.shape), new, axis=-2),
+        put(jnp.zeros_like(doubtful), order, moves, axis=-1),
+    )
 
 
 class JumpState(NamedTuple):
