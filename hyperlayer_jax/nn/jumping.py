@@ -146,7 +146,7 @@ def best(
 
 
 def weakest(key: jax.Array, usefulness: jax.Array, fraction: jax.Array | float) -> jax.Array:
-    """Marks the least useful tuples of every chunk, and all that are as useful as the last.
+    """Marks the least useful tuples of every chunk.
 
     Args:
       key: a PRNG key, which decides where a fraction of k is not whole.
@@ -159,8 +159,10 @@ def weakest(key: jax.Array, usefulness: jax.Array, fraction: jax.Array | float) 
     k = usefulness.shape[-1]
     chance = jax.random.uniform(key, (*usefulness.shape[:-1], 1))
     count = jnp.floor(jnp.asarray(fraction, jnp.float32) * k + chance).astype(jnp.int32)
-    last = jnp.take_along_axis(jnp.sort(usefulness, -1), jnp.clip(count - 1, 0, k - 1), -1)
-    return (usefulness <= last) & (count > 0)
+    shape = usefulness.shape
+    among = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < count
+    order = jnp.argsort(usefulness, -1)
+    return jnp.put_along_axis(jnp.zeros_like(among), order, among, axis=-1, inplace=False)
 
 
 def jump(
