@@ -22,7 +22,7 @@ from absl import app, flags
 from flax import nnx
 
 from hyperlayer_jax.nn import PlacedTuples, SparseConv, SparseLinear, jumps
-from hyperlayer_jax.nn.jumping import num_candidates
+from hyperlayer_jax.nn.candidates import num_candidates
 
 _NEEDLES, _WEIGHTS = 10, 20
 
@@ -65,7 +65,9 @@ def run(bed: Callable, seed: int, steps: int, every: int, rate: float) -> dict:
     """Trains the student of a bed; how many of the places it has found, and what that took."""
     model, target, shape, wanted = bed(seed)
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    optimizer = jumps(model, optimizer, until=int(0.9 * steps), every=every, fraction=0.5)
+    optimizer = jumps(
+        jax.random.key(0), model, optimizer, until=int(0.9 * steps), every=every, fraction=0.5
+    )
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def step(params, state, key):

@@ -50,7 +50,7 @@ def _step(model: nnx.Module, x: jax.Array) -> Contender:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = optax.adam(1e-3)
     if isinstance(model, SparseLinear):
-        optimizer = jumps(model, optimizer, until=10**6)
+        optimizer = jumps(jax.random.key(0), model, optimizer, until=10**6)
 
     def step(params, rest, state, x):
         def loss(params, x):

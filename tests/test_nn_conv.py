@@ -59,7 +59,7 @@ def test_it_finds_the_taps_of_another_one():
     teacher.taps.values[...] = jnp.array([[1.0, -0.7, 0.5]])
     teacher = nnx.view(teacher, deterministic=True)
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
-    optimizer = nn.jumps(model, optimizer, until=450, every=4, fraction=1.0)
+    optimizer = nn.jumps(jax.random.key(0), model, optimizer, until=450, every=4, fraction=1.0)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def step(carry, key):

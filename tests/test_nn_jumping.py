@@ -11,7 +11,7 @@ from laws import assert_close, assert_equal, call, floats, integers, largest_arr
 
 import hyperlayer_jax as hl
 from hyperlayer_jax import nn
-from hyperlayer_jax.nn import jumping
+from hyperlayer_jax.nn import candidates, jumping
 
 IN, OUT, EACH = (4, 8), (6,), 2
 STEPS, UNTIL, EVERY = 600, 500, 10
@@ -62,7 +62,7 @@ def test_the_largest_gradients_win_be_their_places_old_or_new():
 @given(floats(0, 1, (5,)))
 def test_draws_are_in_proportion(weights):
     chance = (jnp.arange(2000, dtype=jnp.float32) + 0.5) / 2000
-    counts = np.bincount(jumping.draw(chance, weights), minlength=5) / 2000
+    counts = np.bincount(candidates.draw(chance, weights), minlength=5) / 2000
     total = np.asarray(weights, np.float64) + 1e-3 * float(weights.mean())
     want = total / total.sum() if total.sum() > 0 else np.full(5, 0.2)
     np.testing.assert_allclose(counts, want, atol=2e-3)
@@ -71,8 +71,8 @@ def test_draws_are_in_proportion(weights):
 def test_norms_are_those_of_the_rows_of_the_gradient():
     keys = jax.random.split(jax.random.key(0), 3)
     x, dy = jax.random.normal(keys[0], (5, 7)), jax.random.normal(keys[1], (6, 7))
-    norms = jumping.norms(jax.random.uniform(keys[2], (4000, 6)), x, dy)
-    assert_close(norms, jnp.linalg.norm(x @ dy.T, axis=-1), rtol=0.05)
+    found = candidates.norms(jax.random.uniform(keys[2], (4000, 6)), x, dy)
+    assert_close(found, jnp.linalg.norm(x @ dy.T, axis=-1), rtol=0.05)
 
 
 def layer(by_output, **options):
@@ -125,7 +125,7 @@ def test_jumps_find_the_weights_of_another_layer():
     teacher = nnx.view(layer(True, rngs=nnx.Rngs(7)), deterministic=True)
     model = layer(True)
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, STEPS))
-    optimizer = nn.jumps(model, optimizer, until=UNTIL, every=EVERY)
+    optimizer = nn.jumps(jax.random.key(0), model, optimizer, until=UNTIL, every=EVERY)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def step(carry, key):
@@ -169,7 +169,7 @@ def test_jumps_find_the_weights_of_another_layer():
 def test_jumps_work_behind_the_optimizer_of_flax():
     model = nnx.List([layer(False)])
     optimizer = nnx.Optimizer(
-        model, nn.jumps(model, optax.sgd(0.1), until=9, every=2), wrt=nnx.Param
+        model, nn.jumps(jax.random.key(0), model, optax.sgd(0.1), until=9, every=2), wrt=nnx.Param
     )
     first = np.asarray(model[0].layer.hypernetwork.places[...])
     x = jax.random.normal(jax.random.key(0), (3, *IN))
@@ -187,7 +187,7 @@ def test_nothing_of_the_dense_size_is_formed(by_output):
     size = 10_000
     count = EACH if by_output else EACH * size
     model = nn.SparseLinear(size, size, count, by_output=by_output, rngs=nnx.Rngs(0))
-    optimizer = nn.jumps(model, optax.adam(0.1), until=100)
+    optimizer = nn.jumps(jax.random.key(0), model, optax.adam(0.1), until=100)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def step(params, state, x):
@@ -213,11 +213,15 @@ def test_places_are_spread_evenly_and_all_different():
 ERRORS = {
     "num_tuples: got 5, want at most 4": lambda: nn.PlacedTuples((), 5, (4,), rngs=nnx.Rngs(0)),
     "shape: got .*16777217": lambda: nn.PlacedTuples((), 5, (2**24 + 1,), rngs=nnx.Rngs(0)),
-    "every: got 0": lambda: nn.jumps(layer(False), optax.sgd(1.0), until=3, every=0),
-    "until: got -1": lambda: nn.jumps(layer(False), optax.sgd(1.0), until=-1),
-    "fraction: got 2": lambda: nn.jumps(layer(False), optax.sgd(1.0), until=3, fraction=2),
+    "every: got 0": lambda: nn.jumps(
+        jax.random.key(0), layer(False), optax.sgd(1.0), until=3, every=0
+    ),
+    "until: got -1": lambda: nn.jumps(jax.random.key(0), layer(False), optax.sgd(1.0), until=-1),
+    "fraction: got 2": lambda: nn.jumps(
+        jax.random.key(0), layer(False), optax.sgd(1.0), until=3, fraction=2
+    ),
     "model: got none": lambda: nn.jumps(
-        nnx.Linear(2, 3, rngs=nnx.Rngs(0)), optax.sgd(1.0), until=3
+        jax.random.key(0), nnx.Linear(2, 3, rngs=nnx.Rngs(0)), optax.sgd(1.0), until=3
     ),
 }
 

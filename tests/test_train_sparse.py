@@ -33,8 +33,8 @@ def test_masks_keep_their_number_and_what_comes_starts_at_0(method):
     params = {"kernel": weights, "bias": jnp.ones(10)}
     if method != "magnitude":
         params["kernel"] = jnp.where(existing, weights, 0)
-    options = {"until": 8, "every": 2, "fraction": 0.5, "seed": 0}
-    optimizer = masks.masked(optax.adam(0.1), method, {(20, 10): 40}, **options)
+    options = {"until": 8, "every": 2, "fraction": 0.5}
+    optimizer = masks.masked(keys[0], optax.adam(0.1), method, {(20, 10): 40}, **options)
     state = optimizer.init(params)
     # The largest gradients are in the last row.
     gradient = {"kernel": jnp.ones((20, 10)).at[19].set(2), "bias": jnp.ones(10)}

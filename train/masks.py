@@ -27,6 +27,7 @@ class MaskState(NamedTuple):
 
 
 def masked(
+    key: jax.Array,
     optimizer: optax.GradientTransformation,
     method: Method,
     counts: dict[tuple[int, ...], int],
@@ -34,7 +35,6 @@ def masked(
     until: int,
     every: int,
     fraction: float,
-    seed: int,
 ) -> optax.GradientTransformation:
     """Keeps all but a few weights of every matrix at 0.
 
@@ -45,13 +45,13 @@ def masked(
       step by step, until as many are left as should be.
 
     Args:
+      key: a PRNG key; with the number of the step, it decides what is random.
       optimizer: for what exists.
       method: see above. Of the first two, weights that are not 0 at first are those that exist.
       counts: how many weights a matrix has in the end, by its shape.
       until: the step after which nothing comes or goes.
       every: steps from one change to the next.
       fraction: the part of the weights that goes at first; it decays to 0 like half a cosine.
-      seed: of what is random.
     """
 
     def count(shape, time):
@@ -86,8 +86,8 @@ def masked(
     def update(updates, state, params):
         step, masks = state.step, state.masks
         leaves, structure = jax.tree.flatten(params)
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
+        keys = jax.random.split(jax.random.fold_in(key, step), len(leaves))
+        keys = jax.tree.unflatten(structure, list(keys))
         time = jnp.minimum(step / until, 1.0)
         due = (step > 0) & (step % every == 0) & (step <= until)
         existing = jax.tree.map(jnp.multiply, updates, masks)

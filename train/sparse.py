@@ -107,17 +107,17 @@ def make_optimizer(config: Config, model: Classifier, seed: int) -> optax.Gradie
         "every": config.every,
         "fraction": config.fraction,
         "until": max(1, int(config.until * config.steps)),
-        "seed": seed,
     }
+    key = jax.random.key(seed)
     match config.method:
         case "learned":
-            return jumps(model, optimizer, **options)
+            return jumps(key, model, optimizer, **options)
         case "random" | "dense":
             return optimizer
         case method:
             shapes = (layer.kernel.shape for layer in model.layers)
             counts = dict(zip(shapes, model.counts, strict=True))
-            return masks.masked(optimizer, method, counts, **options)
+            return masks.masked(key, optimizer, method, counts, **options)
 
 
 @nnx.jit

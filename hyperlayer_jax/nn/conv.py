@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hyperlayer_jax import checks, kernels
-from hyperlayer_jax.nn.jumping import PlacedTuples, explore, num_candidates, unravel
+from hyperlayer_jax.nn.candidates import num_candidates, unravel
+from hyperlayer_jax.nn.jumping import PlacedTuples, explore
 
 
 class SparseConv(nnx.Module):
@@ -79,6 +80,7 @@ class SparseConv(nnx.Module):
         checks.check_float("x", x, rank + 1, "[*B, *image, in_features]")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: got {x.shape[-1]} channels, want {self.in_features}")
+        x = jnp.asarray(x)
         batch, image = x.shape[: -rank - 1], x.shape[-rank - 1 : -1]
         window = tuple((f - 1) * d + 1 for f, d in zip(self.field, self.dilation, strict=True))
         pads = jax.lax.padtype_to_pads(image, window, self.strides, self.padding)

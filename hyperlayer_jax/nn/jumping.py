@@ -16,15 +16,12 @@ import numpy as np
 from flax import nnx
 
 from hyperlayer_jax import checks
+from hyperlayer_jax.nn.candidates import unravel
 from hyperlayer_jax.sampling import duplicate_mask
 from hyperlayer_jax.types import IndexTuples
 
 # The largest axis whose indices float32 tells apart.
 _LONGEST = 2**24
-# Random sums by which the norms of a gradient are measured.
-SUMS = 8
-# What is added to the chance of a place, as a part of the mean one.
-_FLOOR = 1e-3
 # Of the mean of squared gradients from step to step.
 _DECAY = 0.98
 
@@ -218,33 +215,33 @@ class JumpState(NamedTuple):
 
 
 def jumps(
+    key: jax.Array,
     model: nnx.Module,
     optimizer: Any,
     *,
     until: int,
     every: int = 50,
     fraction: float = 0.3,
-    seed: int = 0,
 ) -> Any:
     """Makes an optimizer of Optax move weights of little use to places where they would help.
 
-    Every so many steps, the `fraction` of the tuples of each chunk that matter least (by the size
-    of the value times the root mean square of its gradient) have no value for one step. In this
-    step the layers' `explore` finds other places, and gradients decide: those of the largest have
-    the tuples from then on. Tuples that stay get their values back. Those that jump start at 0, as
-    do the optimizer's moments of their values. The fraction decays to 0 like half a cosine.
+    Every so many steps, the `fraction` of the k tuples of each chunk [k] that matter least (by the
+    size of the value times the root mean square of its gradient) have no value for one step. In
+    this step the layers' `explore` finds other places, and gradients decide: those of the largest
+    have the tuples from then on. Tuples that stay get their values back. Those that jump start at
+    0, as do the optimizer's moments of their values. The fraction decays to 0 like half a cosine.
 
     It sees to the places by itself: `optimizer` gets neither them nor their gradients. Gradients
     must be those of one batch as they come, so averages over several (`optax.MultiSteps`) belong
     inside.
 
     Args:
+      key: a PRNG key; with the number of the step, it decides what is random.
       model: the module that is optimized, or one like it; it has layers with `PlacedTuples`.
       optimizer: an `optax.GradientTransformation` for the parameters of the model.
       until: the step after which all stay; the rest of the training is for values alone.
       every: steps between jumps. They are in the middle of these, where nobody evaluates.
       fraction: the part of the tuples that is in doubt at first.
-      seed: of what is random.
 
     Returns:
       An optimizer of the same kind.
@@ -321,9 +318,7 @@ def jumps(
             return places, new, squares, inner
 
         to, values_, squares, inner = jax.lax.cond(looks(step), decide, proceed)
-        key, *keys = jax.random.split(
-            jax.random.fold_in(jax.random.key(seed), step), 1 + len(paths)
-        )
+        first, *keys = jax.random.split(jax.random.fold_in(key, step), 1 + len(paths))
         next_ = looks(step + 1)
 
         def doubt():
@@ -336,7 +331,7 @@ def jumps(
             return [weakest(k, use, part) for k, use in zip(keys, uses, strict=True)]
 
         doubtful = jax.lax.cond(next_, doubt, lambda: list(map(jnp.zeros_like, doubtful)))
-        seeds = jnp.where(next_, jax.random.uniform(key, (len(paths),), minval=0.5), 0)
+        seeds = jnp.where(next_, jax.random.uniform(first, (len(paths),), minval=0.5), 0)
         own = (
             at("places", map(jnp.subtract, to, places))
             | at(
@@ -380,61 +375,3 @@ def _reset(state: Any, masks: dict[tuple[str, ...], jax.Array]) -> Any:
         return leaf
 
     return jax.tree_util.tree_map_with_path(reset, state)
-
-
-def unravel(flat: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Coordinates int32 [..., r] of numbers int32 [...] in row-major order."""
-    coordinates = []
-    for size in reversed(shape):
-        coordinates.append(flat % size)
-        flat = flat // size
-    return jnp.stack(coordinates[::-1], -1)
-
-
-def ravel(coordinates: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Numbers int32 [...] of coordinates int32 [..., r] in row-major order."""
-    flat = coordinates[..., 0]
-    for axis, size in enumerate(shape[1:], start=1):
-        flat = flat * size + coordinates[..., axis]
-    return flat
-
-
-def chances(key: jax.Array, *shapes: Sequence[int]) -> list[jax.Array]:
-    """Arrays of those shapes of numbers in [0, 1), drawn at once: every draw has to be compiled."""
-    sizes = [math.prod(shape) for shape in shapes]
-    parts = jnp.split(jax.random.uniform(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def norms(chance: jax.Array, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Estimates the norms of the rows of x dy^T, which is not formed, from a few random sums of dy.
-
-    Args:
-      chance: float32 [q, o] in [0, 1): the signs of q sums.
-      x: float [i, n].
-      dy: float [o, n].
-
-    Returns:
-      float32 [i].
-    """
-    signs = jnp.where(chance < 0.5, -1.0, 1.0)
-    sums = x.astype(jnp.float32) @ (signs @ dy.astype(jnp.float32)).T
-    return jnp.sqrt((sums**2).mean(-1))
-
-
-def draw(chance: jax.Array, weights: jax.Array) -> jax.Array:
-    """Draws indices int32 [...] in proportion to weights [n] >= 0, and a little uniformly.
-
-    Args:
-      chance: float32 [...] in [0, 1).
-      weights: float32 [n].
-    """
-    floor = _FLOOR * weights.mean() + jnp.finfo(jnp.float32).tiny
-    edges = jnp.cumsum(weights + floor)
-    found = jnp.searchsorted(edges, chance * edges[-1], side="right")
-    return jnp.minimum(found, weights.shape[0] - 1).astype(jnp.int32)
-
-
-def num_candidates(num_tuples: int) -> int:
-    """How many places are tried for the tuples of a chunk."""
-    return 4 * num_tuples + 16

@@ -9,18 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hyperlayer_jax import checks, kernels
+from hyperlayer_jax.nn.candidates import SUMS, chances, draw, norms, num_candidates, ravel, unravel
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
-from hyperlayer_jax.nn.jumping import (
-    SUMS,
-    PlacedTuples,
-    chances,
-    draw,
-    explore,
-    norms,
-    num_candidates,
-    ravel,
-    unravel,
-)
+from hyperlayer_jax.nn.jumping import PlacedTuples, explore
 from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
 
@@ -81,7 +72,8 @@ class SparseLinear(nnx.Module):
     The weights sit at integer places, so training computes what evaluation does, at the cost of
     the weights alone. An optimizer in `jumps` moves those of little use to where others would help:
 
-        optimizer = nnx.Optimizer(model, jumps(model, optax.adam(1e-3), until=1500), wrt=nnx.Param)
+        optimizer = jumps(key, model, optax.adam(1e-3), until=1500)
+        optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
     With `num_global`, `num_local` or fixed `values` they are tuples as in the paper instead, which
     move by gradient: one W serves a whole batch, and is sampled anew at every call.
@@ -162,6 +154,7 @@ class SparseLinear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [*B, *in_shape] to [*B, *out_shape]."""
         checks.check_float("x", x, len(self.layer.in_shape), "[*B, *in_shape]")
+        x = jnp.asarray(x)
         batch = x.shape[: x.ndim - len(self.layer.in_shape)]
         if isinstance(self.layer.hypernetwork, PlacedTuples):
             y = self._multiply(x.reshape(math.prod(batch), math.prod(self.layer.in_shape)))
