@@ -1,6 +1,7 @@
 """Flax NNX modules on top of the functional API."""
 
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
+from hyperlayer_jax.nn.conv import SparseConv
 from hyperlayer_jax.nn.glimpse import (
     GlimpseAttention,
     Glimpses,
@@ -12,9 +13,11 @@ from hyperlayer_jax.nn.glimpse import (
     quad_means,
     reinforce_loss,
 )
-from hyperlayer_jax.nn.hyperlayer import FreeTuples, HyperLayer, SparseLinear
+from hyperlayer_jax.nn.hyperlayer import HyperLayer
+from hyperlayer_jax.nn.jumping import PlacedTuples, explore, jump, jumps, weakest
 from hyperlayer_jax.nn.positions import shorten_steps
 from hyperlayer_jax.nn.sort import SoftQuicksort
+from hyperlayer_jax.nn.sparse import FreeTuples, SparseLinear
 from hyperlayer_jax.nn.transformer import TransformerLM, generate
 
 __all__ = [
@@ -23,8 +26,10 @@ __all__ = [
     "GlimpseAttention",
     "Glimpses",
     "HyperLayer",
+    "PlacedTuples",
     "ReinforceGlimpses",
     "SoftQuicksort",
+    "SparseConv",
     "SparseLinear",
     "SparseSelfAttention",
     "SpatialTransformer",
@@ -32,8 +37,12 @@ __all__ = [
     "affine_means",
     "bilinear",
     "box_means",
+    "explore",
     "generate",
+    "jump",
+    "jumps",
     "quad_means",
     "reinforce_loss",
     "shorten_steps",
+    "weakest",
 ]

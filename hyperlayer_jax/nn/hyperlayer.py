@@ -1,4 +1,4 @@
-"""The adaptive sparse hyperlayer as a module, and the sparse linear layer."""
+"""The adaptive sparse hyperlayer as a module."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,6 @@ from flax import nnx
 from hyperlayer_jax import checks
 from hyperlayer_jax.hyperlayer import apply_template, discretize, round_tuples
 from hyperlayer_jax.tensors import contract
-from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
 
 
@@ -152,131 +151,3 @@ class HyperLayer(nnx.Module):
         """
         if deterministic is not None:
             self.deterministic = deterministic
-
-
-class FreeTuples(nnx.Module):
-    """Index tuples that are parameters: a hypernetwork that does not look at its input."""
-
-    def __init__(
-        self,
-        chunks: Sequence[int],
-        num_tuples: int,
-        shape: Sequence[int],
-        *,
-        values: float | None = None,
-        sigma_scale: float = 0.1,
-        min_sigma: float = 0.0,
-        rngs: nnx.Rngs,
-    ):
-        """Spreads the means at random over the index space.
-
-        Args:
-          chunks: the chunk axes of the tuples, () for a single chunk.
-          num_tuples: k, the tuples in a chunk.
-          shape: the r axes of the index space.
-          values: the value of every tuple, fixed; learned, from a normal distribution, where None.
-          sigma_scale: see `transform_sigmas`.
-          min_sigma: the smallest sigma, in indices.
-          rngs: the stream `params` draws the initial means and values.
-        """
-        self.shape = checks.check_shape("shape", shape)
-        size = (*chunks, checks.check_count("num_tuples", num_tuples))
-        start = jax.random.uniform(
-            rngs.params(), (*size, len(self.shape)), minval=0.02, maxval=0.98
-        )
-        self.means = nnx.Param(jnp.log(start) - jnp.log1p(-start))
-        self.sigmas = nnx.Param(jnp.zeros(size))
-        if values is None:
-            self.values = nnx.Param(jax.random.normal(rngs.params(), size) * num_tuples**-0.5)
-        else:
-            self.values = nnx.Variable(jnp.full(size, values, jnp.float32))
-        self.sigma_scale = sigma_scale
-        self.min_sigma = min_sigma
-
-    def __call__(self, x: jax.Array | None = None) -> IndexTuples:
-        """Returns means and sigmas [*chunks, k, r] and values [*chunks, k], whatever x is."""
-        return IndexTuples(
-            transform_means(self.means[...], self.shape),
-            transform_sigmas(
-                self.sigmas[...], self.shape, scale=self.sigma_scale, minimum=self.min_sigma
-            ),
-            self.values[...],
-        )
-
-
-class SparseLinear(nnx.Module):
-    """A linear layer that learns which of its weights exist: y = W x + b, W of free tuples.
-
-    One W serves a whole batch, and is sampled anew at every call.
-    """
-
-    def __init__(
-        self,
-        in_shape: int | Sequence[int],
-        out_shape: int | Sequence[int],
-        num_tuples: int,
-        *,
-        by_output: bool = False,
-        values: float | None = None,
-        sigma_scale: float = 0.1,
-        min_sigma: float = 0.0,
-        num_global: int = 0,
-        num_local: int = 0,
-        region: int | Sequence[int] | None = None,
-        use_bias: bool = False,
-        deterministic: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        """Makes the layer.
-
-        Args:
-          in_shape: the axes of the input.
-          out_shape: the axes of the output.
-          num_tuples: the tuples of W, or with `by_output` those of each output.
-          by_output: gives every output `num_tuples` tuples of its own and learns only their inputs;
-            otherwise both are learned.
-          values: the value of every tuple, fixed; learned where None.
-          sigma_scale: see `transform_sigmas`.
-          min_sigma: the smallest sigma, in indices.
-          num_global: points per tuple drawn from the whole space.
-          num_local: points per tuple drawn from the region.
-          region: the axes of the region around a mean; needed when num_local > 0.
-          use_bias: adds a learned [*out_shape], 0 at first.
-          deterministic: rounds the means; `nnx.view(model, deterministic=True)` for evaluation.
-          rngs: the streams `params` and `sample`.
-
-        Raises:
-          ValueError: a shape is out of range.
-        """
-        in_shape = (in_shape,) if isinstance(in_shape, int) else tuple(in_shape)
-        out_shape = (out_shape,) if isinstance(out_shape, int) else tuple(out_shape)
-        tuples = FreeTuples(
-            (math.prod(out_shape),) if by_output else (),
-            num_tuples,
-            in_shape if by_output else out_shape + in_shape,
-            values=values,
-            sigma_scale=sigma_scale,
-            min_sigma=min_sigma,
-            rngs=rngs,
-        )
-        # The batch travels as the feature axis of an unbatched layer.
-        self.layer = HyperLayer(
-            tuples,
-            out_shape,
-            in_shape,
-            template="output" if by_output else None,
-            num_feature_axes=1,
-            num_global=num_global,
-            num_local=num_local,
-            region=region,
-            use_bias=use_bias,
-            deterministic=deterministic,
-            rngs=rngs,
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [*B, *in_shape] to [*B, *out_shape]."""
-        checks.check_float("x", x, len(self.layer.in_shape), "[*B, *in_shape]")
-        batch = x.shape[: x.ndim - len(self.layer.in_shape)]
-        features = jnp.moveaxis(x.reshape(math.prod(batch), *self.layer.in_shape), 0, -1)
-        return jnp.moveaxis(self.layer(features), -1, 0).reshape(*batch, *self.layer.out_shape)

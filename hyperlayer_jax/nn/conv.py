@@ -1,0 +1,151 @@
+"""Convolution with learned taps: few weights, anywhere in a large field."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hyperlayer_jax import checks, kernels
+from hyperlayer_jax.nn.candidates import num_candidates, unravel
+from hyperlayer_jax.nn.jumping import PlacedTuples, explore
+
+
+class SparseConv(nnx.Module):
+    """A convolution in which every output channel has a few taps, and learns where they are.
+
+    A tap is an input channel, a place in the field, and a weight. As those of `SparseLinear`, taps
+    sit at integer places and `jumps` moves them; training computes what evaluation does. Time and
+    memory are those of the taps, not of the field, and no kernel of its size is formed.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_taps: int,
+        field: Sequence[int],
+        *,
+        strides: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        padding: str = "SAME",
+        groups: int = 1,
+        use_bias: bool = True,
+        deterministic: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the layer.
+
+        Args:
+          in_features: channels of the input.
+          out_features: channels of the output.
+          num_taps: k, the taps of each output channel.
+          field: the axes of the field that taps lie in, one for each axis of the image.
+          strides: input pixels from one output pixel to the next.
+          dilation: input pixels from one place of the field to the next.
+          padding: "SAME" or "VALID", as in `nnx.Conv`.
+          groups: parts of the channels; outputs only see the inputs of their part.
+          use_bias: adds a learned [out_features], 0 at first.
+          deterministic: looks for no better places; for evaluation.
+          rngs: the stream `params`.
+
+        Raises:
+          ValueError: a size is out of range, or there are more taps than places.
+        """
+        self.field = checks.check_shape("field", field)
+        rank = len(self.field)
+        self.strides = checks.check_shape("strides", _each(strides, rank), rank)
+        self.dilation = checks.check_shape("dilation", _each(dilation, rank), rank)
+        if padding not in ("SAME", "VALID"):
+            raise ValueError(f'padding: got {padding!r}, want "SAME" or "VALID"')
+        if groups < 1 or in_features % groups or out_features % groups:
+            raise ValueError(
+                f"groups: got {groups}, want a divisor of in_features = {in_features} and "
+                f"out_features = {out_features}"
+            )
+        self.padding = padding
+        self.groups = groups
+        self.in_features, self.out_features = in_features, out_features
+        space = (in_features // groups, *self.field)
+        scale = max(num_taps, 1) ** -0.5
+        self.taps = PlacedTuples((out_features,), num_taps, space, scale=scale, rngs=rngs)
+        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else nnx.data(None)
+        self.deterministic = deterministic
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [*B, *image, in_features] to [*B, *image, out_features], of x's dtype."""
+        rank = len(self.field)
+        checks.check_float("x", x, rank + 1, "[*B, *image, in_features]")
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x: got {x.shape[-1]} channels, want {self.in_features}")
+        x = jnp.asarray(x)
+        batch, image = x.shape[: -rank - 1], x.shape[-rank - 1 : -1]
+        window = tuple((f - 1) * d + 1 for f, d in zip(self.field, self.dilation, strict=True))
+        pads = jax.lax.padtype_to_pads(image, window, self.strides, self.padding)
+        out_image = tuple(
+            (size + sum(pad) - extent) // stride + 1
+            for size, pad, extent, stride in zip(image, pads, window, self.strides, strict=True)
+        )
+        if min(out_image) < 1:
+            raise ValueError(f"x: got an image of {image}, want at least {window} pixels")
+        # The batch travels as the last axis: a tap then reads whole rows.
+        flat = x.reshape(math.prod(batch), math.prod(image) * self.in_features).T
+        look_up = functools.partial(self._inputs, image, out_image, [low for low, _ in pads])
+        values = self.taps.values[...].astype(x.dtype)
+        rows = (*out_image, *values.shape)
+        entries = jnp.broadcast_to(values.reshape((1,) * rank + values.shape), rows)
+        y = kernels.ell_spmm(
+            look_up(self.taps.places[...].astype(jnp.int32)),
+            entries.reshape(-1, values.shape[-1]),
+            flat,
+        )
+        if not self.deterministic:
+            y = explore(functools.partial(_propose, look_up, self.taps.shape), self.taps, flat, y)
+        y = y.T.reshape(*batch, *out_image, self.out_features)
+        if self.bias is None:
+            return y
+        return y + self.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+    def _inputs(self, image, out_image, pads, taps):
+        """Which entry of the image [*image, in_features] each output reads at taps [out, c, 1 + r].
+
+        Returns int32 [prod(out_image) * out_features, c], -1 where that lies outside of the image.
+        """
+        rank = len(image)
+        index, inside = 0, True
+        for axis, size in enumerate(image):
+            start = jnp.arange(out_image[axis], dtype=jnp.int32) * self.strides[axis] - pads[axis]
+            start = start.reshape([-1 if a == axis else 1 for a in range(rank)] + [1, 1])
+            offset = taps[..., 1 + axis] * self.dilation[axis]
+            place = start + offset.reshape((1,) * rank + offset.shape)
+            inside = inside & (place >= 0) & (place < size)
+            index = index * size + place
+        group = jnp.arange(self.out_features, dtype=jnp.int32) * self.groups // self.out_features
+        channel = taps[..., 0] + (group * (self.in_features // self.groups))[:, None]
+        channel = channel.reshape((1,) * rank + channel.shape)
+        index = jnp.where(inside, index * self.in_features + channel, -1)
+        return index.reshape(-1, taps.shape[1])
+
+    def set_view(self, *, deterministic: bool | None = None):
+        """Called by `nnx.view`.
+
+        Args:
+          deterministic: looks for no better places.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+def _propose(look_up, space, key, places, x, dy):
+    """Candidates int32 [out, c, 1 + r], any taps, and their gradients."""
+    out, k, _ = places.shape
+    flat = jax.random.randint(key, (out, num_candidates(k)), 0, math.prod(space), jnp.int32)
+    candidates = unravel(flat, space)
+    gradients = kernels.ell_sddmm(look_up(candidates), dy, x)
+    return candidates, gradients.reshape(-1, *flat.shape).sum(0)
+
+
+def _each(sizes, rank):
+    return (sizes,) * rank if isinstance(sizes, int) else tuple(sizes)

@@ -1,0 +1,80 @@
+"""The launcher of sparse classifiers: few steps, its files, and the masks that rivals keep."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from train import masks, sparse
+
+SMALL = {"steps": 4, "every": 2, "hidden": "20", "batch_size": 4}
+
+
+@pytest.mark.parametrize("method", ["learned", "random", "rigl"])
+def test_trains_evaluates_and_leaves_its_files(tmp_path, method):
+    config = sparse.Config(**SMALL, method=method, seeds=2 if method == "random" else 1)
+    result = sparse.train_and_evaluate(config, tmp_path)
+    assert result["steps"] == 4 and result["test_examples"] == 359
+    assert len(result["accuracies"]) == config.seeds
+    assert result["accuracy"] == pytest.approx(np.mean(result["accuracies"]))
+    # One weight for each hidden unit and each class; few of them may be exactly 0.
+    assert 25 / (64 * 20 + 20 * 10) < result["density"] <= 30 / (64 * 20 + 20 * 10)
+    assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
+    folder = tmp_path / "seed1" if config.seeds > 1 else tmp_path
+    assert (folder / "params").is_dir() and (folder / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "magnitude"])
+def test_masks_keep_their_number_and_what_comes_starts_at_0(method):
+    keys = jax.random.split(jax.random.key(0), 2)
+    existing = jax.random.permutation(keys[0], 200).reshape(20, 10) < 40
+    weights = jax.random.normal(keys[1], (20, 10))
+    params = {"kernel": weights, "bias": jnp.ones(10)}
+    if method != "magnitude":
+        params["kernel"] = jnp.where(existing, weights, 0)
+    options = {"until": 8, "every": 2, "fraction": 0.5}
+    optimizer = masks.masked(keys[0], optax.adam(0.1), method, {(20, 10): 40}, **options)
+    state = optimizer.init(params)
+    # The largest gradients are in the last row.
+    gradient = {"kernel": jnp.ones((20, 10)).at[19].set(2), "bias": jnp.ones(10)}
+
+    @jax.jit
+    def update(params, state):
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    counts, came = [], []
+    for _ in range(10):
+        before = params["kernel"] != 0
+        with jax.numpy_dtype_promotion("standard"):
+            params, state = update(params, state)
+        mask = np.asarray(state.masks["kernel"], bool)
+        counts.append(mask.sum())
+        assert not np.asarray(params["kernel"])[~mask].any()
+        assert not np.asarray(state.inner[0].mu["kernel"])[~mask].any()
+        came.append(mask & ~np.asarray(before))
+    assert (np.asarray(params["bias"]) != 1).all()
+    assert counts[-1] == 40
+    if method == "magnitude":
+        assert counts == sorted(counts, reverse=True) and counts[0] == 200
+        return
+    assert set(counts) == {40}
+    assert came[2].any() and not came[1].any()
+    if method == "rigl":
+        assert came[2][19].sum() == 10 - np.asarray(existing)[19].sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"density": 0.0}, "--density"),
+        ({"density": 1.5}, "--density"),
+        ({"hidden": "30,x"}, "--hidden"),
+        ({"until": 2.0}, "--until"),
+        ({"seeds": 0}, "--seeds"),
+    ],
+)
+def test_a_wrong_value_names_its_flag(options, flag):
+    with pytest.raises(ValueError, match=flag):
+        sparse.Config(**options)
