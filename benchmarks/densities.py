@@ -27,8 +27,10 @@ from train import figures, sparse
 def run(method: str, density: float, seeds: int, others: list[str], out: pathlib.Path):
     """The figures of one command."""
     folder = out / f"{method}-{density:g}"
-    command = ["-m", "train.sparse", f"--method={method}", f"--density={density:g}"]
-    command += [f"--seeds={seeds}", f"--workdir={folder}", *others]
+    command = ["-m", "train.sparse", f"--method={method}", f"--seeds={seeds}"]
+    command += [f"--workdir={folder}", *others]
+    if method != "dense":
+        command.append(f"--density={density:g}")
     child = subprocess.run(
         [sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True
     )

@@ -98,9 +98,9 @@ def loosen(
             if seen is None
             else _halves(seen.reshape(*seen.shape[:-2], 2, blocks // 2, block), -3)
         )
-        *halves, rates = _exchange(*halves, both, path, certainty)
+        low, high, rates = _exchange(halves[0], halves[1], both, path, certainty)
         # The bit of the next level becomes the first.
-        state = jnp.stack(halves, -3).reshape(state.shape)
+        state = jnp.stack([low, high], -3).reshape(state.shape)
         seen = None if both is None else jnp.stack(both, -2).reshape(seen.shape)
         return (state, seen), Level(state, rates)
 
@@ -114,12 +114,11 @@ def loosen(
         both = None
         if seen is not None:
             both = _halves(seen.reshape(*seen.shape[:-1], 2, block // 2), -2)
-        *halves, rates = _exchange(*halves, both, path, certainty)
+        low, high, rates = _exchange(halves[0], halves[1], both, path, certainty)
         blocks, block = 2 * blocks, block // 2
-        state = jnp.stack(halves, -3).reshape(*batch, blocks, features, block)
-        seen = (
-            None if both is None else jnp.stack(both, -2).reshape(*seen.shape[:-2], blocks, block)
-        )
+        state = jnp.stack([low, high], -3).reshape(*batch, blocks, features, block)
+        if both is not None:
+            seen = jnp.stack(both, -2).reshape(*both[0].shape[:-2], blocks, block)
         below.append(Level(state, rates))
     return state.reshape(*batch, size, features), (above, below)
 

@@ -39,6 +39,29 @@ def lift(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
+def automatic(function: Callable[..., Any], *arrays: jax.Array | None, leading: int) -> Any:
+    """`function(*arrays)`, run under automatic axes where arrays are sharded over explicit ones.
+
+    Args:
+      function: of arrays [*B, ...], or without the axes *B, to a pytree of arrays [*B, ...]. It
+        must not close over arrays.
+      *arrays: see `function`; None is passed on.
+      leading: how many axes *B there are, the only ones that are sharded.
+
+    Returns:
+      What the function returns, its axes *B sharded as those of the arrays.
+    """
+    specs = [spec_of(x)[:leading] for x in arrays if x is not None and x.ndim >= leading]
+    batch = [next((a for a in axes if a), None) for axes in zip(*specs, strict=True)]
+    if not any(batch):
+        return function(*arrays)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        results = jax.eval_shape(function, *shapes)
+    shardings = jax.tree.map(lambda _: PartitionSpec(*batch), results)
+    return jax.jit(jax.sharding.auto_axes(function, out_sharding=shardings))(*arrays)
+
+
 def spec_of(x: jax.Array) -> tuple[Any, ...]:
     """What each axis of `x` is sharded over on a mesh of explicit axes; None elsewhere."""
     return tuple(jax.typeof(x).sharding.spec)

@@ -10,6 +10,7 @@ import numpy as np
 
 from hyperlayer_jax import checks, exchange
 from hyperlayer_jax.kernels import accumulator
+from hyperlayer_jax.lift import automatic, spec_of
 from hyperlayer_jax.tensors import contract, transpose
 from hyperlayer_jax.types import RowSparseTensor
 
@@ -102,7 +103,8 @@ def soft_quicksort(
       key: a PRNG key for the splits of `proposal="uniform"`; else nothing is left to chance, and
         it may be None.
       x: float [*B, s, d], the items.
-      scores: float [*B, s]. NaN sorts last, and makes NaN of what is mixed with it.
+      scores: float [*B, s]. NaN sorts last, and makes NaN of what is mixed with it; infinite ones
+        sort first and last, and softly come back as at most a quarter of the largest number.
       num_samples: partners of an item at a level, or random splits of a bucket.
       certainty: > 0, how soon a difference in score decides; an array is taken as it is.
       proposal: "local" or "uniform".
@@ -169,6 +171,22 @@ def sort_softly(
     lengths: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, Iterable[exchange.Step]]:
     """The final state [*B, s, 1 + d] by place, which items were sorted to where, and all steps."""
+
+    def run(key, x, scores, lengths, certainty):
+        state, order, steps = _sort_softly(
+            key, x, scores, num_samples, certainty, proposal, lengths
+        )
+        every = [s._replace(sources=jnp.broadcast_to(s.sources, s.values.shape)) for s in steps]
+        return state, order, every
+
+    if not any(spec_of(scores)):
+        # The steps are not computed before they are asked for.
+        return _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
+    certainty = jnp.asarray(certainty, accumulator(scores.dtype))
+    return automatic(run, key, x, scores, lengths, certainty, leading=scores.ndim - 1)
+
+
+def _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths):
     size = scores.shape[-1]
     dtype = accumulator(x.dtype if x.dtype == jnp.float64 else scores.dtype)
     fixed = jax.lax.stop_gradient(scores)
@@ -178,7 +196,12 @@ def sort_softly(
     else:
         absent = place >= lengths[..., None]
         order = jax.lax.sort((absent, jnp.where(absent, 0, fixed), place), num_keys=2)[2]
-    state = jnp.concatenate([scores[..., None].astype(dtype), x.astype(dtype)], -1)
+    keys = scores.astype(dtype)
+    if num_samples:
+        # Infinite scores have no differences.
+        largest = jnp.finfo(dtype).max / 4
+        keys = jnp.clip(keys, -largest, largest)
+    state = jnp.concatenate([keys[..., None], x.astype(dtype)], -1)
 
     def at(places, count):
         """The state at sorted places, and which of them there are."""

@@ -27,7 +27,7 @@ BLOCKS = hl.RowSparseTensor(
 # What has no derivative: integers, shapes, and types.
 EXEMPT = {
     "IndexTuples", "RowSparseTensor", "SparseTensor", "SoftSort", "apply_template", "bucket_starts",
-    "duplicate_mask", "sample_indices",
+    "duplicate_mask", "sample_indices", "SoftPermutation", "TopK",
 }  # fmt: skip
 
 
@@ -84,6 +84,11 @@ CASES = {
         lambda x, s: hl.soft_quicksort(KEY, x, s, num_samples=3, certainty=2.0).items[-1],
         (drawn(2, 5, 2), drawn(2, 5)),
     ),
+    "soft_sort": (hl.soft_sort, (drawn(2, 5),)),
+    "soft_rank": (hl.soft_rank, (drawn(2, 5),)),
+    "soft_argsort": (lambda s, x: hl.soft_argsort(s).apply(x), (drawn(2, 5), drawn(2, 5))),
+    "soft_top_k": (lambda s: hl.soft_top_k(s, 2).values, (drawn(2, 5),)),
+    "soft_quantile": (lambda s: hl.soft_quantile(s, 0.4), (drawn(2, 5),)),
 }
 
 

@@ -378,3 +378,18 @@ ERRORS = {
 def test_wrong_input_names_the_argument(message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(ERRORS[message])
+
+
+def test_infinite_scores_sort_first_and_last():
+    scores = jnp.array([jnp.inf, 1.0, -jnp.inf, 0.0])
+    items = jnp.arange(4.0)[:, None]
+
+    @jax.jit
+    def run(scores, certainty):
+        out = hl.soft_quicksort(None, items, scores, num_samples=2, certainty=certainty)
+        return out.items[-1][:, 0], out.scores[-1]
+
+    (places, ordered), vjp = jax.vjp(run, scores, 50.0)
+    np.testing.assert_allclose(places, [2, 3, 1, 0], atol=1e-4)
+    assert np.isfinite(ordered).all() and (np.diff(ordered) > 0).all()
+    assert all(np.isfinite(x).all() for x in vjp((jnp.ones(4), jnp.ones(4))))

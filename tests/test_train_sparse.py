@@ -1,28 +1,42 @@
 """The launcher of sparse classifiers: few steps, its files, and the masks that rivals keep."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from train import masks, sparse
+pytest.importorskip("tensorboardX", reason="launchers need the extra train")
 
-SMALL = {"steps": 4, "every": 2, "hidden": "20", "batch_size": 4}
+from train import masks, sparse
+from train.runs import load_run
+
+SMALL = {"steps": 4, "hidden": "20", "batch_size": 4}
 
 
 @pytest.mark.parametrize("method", ["learned", "random", "rigl"])
 def test_trains_evaluates_and_leaves_its_files(tmp_path, method):
-    config = sparse.Config(**SMALL, method=method, seeds=2 if method == "random" else 1)
+    options = {"seeds": 2} if method == "random" else {"every": 2}
+    config = sparse.Config(**SMALL, method=method, **options)
     result = sparse.train_and_evaluate(config, tmp_path)
     assert result["steps"] == 4 and result["test_examples"] == 359
     assert len(result["accuracies"]) == config.seeds
     assert result["accuracy"] == pytest.approx(np.mean(result["accuracies"]))
     # One weight for each hidden unit and each class; few of them may be exactly 0.
     assert 25 / (64 * 20 + 20 * 10) < result["density"] <= 30 / (64 * 20 + 20 * 10)
-    assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
-    folder = tmp_path / "seed1" if config.seeds > 1 else tmp_path
-    assert (folder / "params").is_dir() and (folder / "metrics.jsonl").is_file()
+    for seed in range(config.seeds):
+        folder = tmp_path / f"seed{seed}" if seed else tmp_path
+        assert (folder / "weights.png").read_bytes().startswith(b"\x89PNG")
+        _, found = load_run(folder)
+        assert found == (dataclasses.replace(config, seed=seed, seeds=1) if seed else config)
+    if config.seeds > 1:
+        # Each is a run like any other.
+        alone = sparse.train_and_evaluate(dataclasses.replace(found, mode="eval"), folder)
+        assert alone["accuracies"] == result["accuracies"][-1:]
+        again = sparse.train_and_evaluate(config, tmp_path)
+        assert again == result
 
 
 @pytest.mark.parametrize("method", ["set", "rigl", "magnitude"])
@@ -73,6 +87,10 @@ def test_masks_keep_their_number_and_what_comes_starts_at_0(method):
         ({"hidden": "30,x"}, "--hidden"),
         ({"until": 2.0}, "--until"),
         ({"seeds": 0}, "--seeds"),
+        ({"seed": 2**32 - 1, "seeds": 2}, "--seeds"),
+        ({"method": "dense", "density": 0.1}, "--density has no effect"),
+        ({"method": "magnitude", "fraction": 0.1}, "--fraction has no effect"),
+        ({"method": "random", "every": 2, "until": 0.5}, "--every .* --until has no effect"),
     ],
 )
 def test_a_wrong_value_names_its_flag(options, flag):

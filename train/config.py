@@ -30,6 +30,9 @@ DISTRIBUTED = re.compile(r"auto|[^,]+:\d+,[1-9]\d*,\d+")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
+Implementation = Literal["reference", "cpu", "mosaic_gpu", "mosaic_gpu_ahead", "triton", "tpu"]
+
+
 class FlagError(ValueError):
     """A flag that cannot be used; the message is one line that names it."""
 
@@ -85,6 +88,9 @@ class Config:
         "5m", "Steps between checkpoints, or time: 500, 30s, 5m, 1h.", fixed=False
     )
     keep: int = flag(2, "Checkpoints that are kept, beside the best.", minimum=1, fixed=False)
+    implementation: Implementation | None = flag(
+        None, "Backend of the kernels; by default what is best on the device.", fixed=False
+    )
     mesh: str | None = flag(
         None,
         "Devices to share the work, such as data:4 (batches) or data:2,model:2 (large parameters "

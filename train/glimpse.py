@@ -159,6 +159,7 @@ class GlimpseClassifier(nnx.Module):
                     num_global=config.num_global,
                     num_local=config.num_local,
                     region=config.region,
+                    implementation=config.implementation,
                     rngs=rngs,
                 )
         widths = [channels, 32, 64] if config.head == "conv" else [channels]

@@ -95,6 +95,7 @@ def make_model(config: Config) -> SparseLinear:
         num_global=config.num_global,
         num_local=config.num_local,
         region=config.region,
+        implementation=config.implementation,
         rngs=nnx.Rngs(config.seed),
     )
 

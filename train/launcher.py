@@ -48,7 +48,7 @@ def launch(
                 stack.enter_context(runs.owned(workdir))
             stack.enter_context(leave_on_signals(workdir))
             figures = train_and_evaluate(config, workdir)
-        except FlagError as error:
+        except (FlagError, NotImplementedError) as error:
             _exit(error, 2)
         except (DataError, FloatingPointError, CheckpointError) as error:
             _exit(error, 1)

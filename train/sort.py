@@ -127,12 +127,15 @@ def make_model(config: Config, pixels: int) -> Sorter:
     return Sorter(config, pixels, rngs=nnx.Rngs(config.seed))
 
 
-def sort_loss(result: SoftSort, target: jax.Array, kind: str) -> jax.Array:
+def sort_loss(
+    result: SoftSort, target: jax.Array, kind: str, *, implementation: str | None = None
+) -> jax.Array:
     """The mean squared error of a sort, taken as `--loss` says; target [b, s, pixels], sorted."""
     levels = len(result.permutations)
     if kind == "plain" or levels == 0:
         return jnp.mean((result.items[-1] - target) ** 2)
     size = target.shape[-2]
+    multiply = functools.partial(contract, implementation=implementation)
     losses = []
     if kind == "means":
         for items, starts in zip(result.items[1:], bucket_starts(size)[1:], strict=True):
@@ -143,9 +146,9 @@ def sort_loss(result: SoftSort, target: jax.Array, kind: str) -> jax.Array:
             losses.append(jnp.mean(difference**2))
     else:
         for permutation, items in zip(result.permutations[::-1], result.items[-2::-1], strict=True):
-            moved = contract(permutation, jax.lax.stop_gradient(items))
+            moved = multiply(permutation, jax.lax.stop_gradient(items))
             losses.append(jnp.mean((moved - target) ** 2))
-            target = jax.lax.stop_gradient(contract(transpose(permutation), target))
+            target = jax.lax.stop_gradient(multiply(transpose(permutation), target))
     return sum(losses) / levels
 
 
@@ -255,7 +258,8 @@ def train(
         result = model(images, seen)
         order = jnp.argsort(numbers, axis=-1)
         target = jnp.take_along_axis(result.items[0], order[..., None], axis=-2)
-        return sort_loss(result, target, config.loss), {}
+        loss = sort_loss(result, target, config.loss, implementation=config.implementation)
+        return loss, {}
 
     def evaluate_validation(model, step):
         del step

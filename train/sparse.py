@@ -9,7 +9,9 @@ A fully connected network whose layers have `--density` of a dense one's weights
 """
 
 import dataclasses
+import functools
 import itertools
+import math
 import pathlib
 from typing import Any, Literal
 
@@ -22,36 +24,54 @@ from matplotlib.figure import Figure
 
 from hyperlayer_jax import todense
 from hyperlayer_jax.nn import SparseLinear, jumps
-from train import data, figures, launcher, loop, masks
+from train import data, devices, figures, launcher, loop, masks, runs
 
 _NUM_CLASSES = 10
 _NUM_EVALUATIONS = 10
 
 Method = Literal["learned", "random", "set", "rigl", "magnitude", "dense"]
+_SPARSE = ("learned", "random", "set", "rigl", "magnitude")
+_CHANGING = ("learned", "set", "rigl", "magnitude")
+_MOVING = ("learned", "set", "rigl")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(launcher.Config):
     """How few weights, and how to find them."""
 
-    dataset: Literal["digits", "mnist", "fashion_mnist", "kmnist"] = launcher.flag(
-        "digits", "Images to classify; the digits need no download."
-    )
-    data_dir: str | None = launcher.flag(None, "Folder with the IDX files of the data set.")
+    dataset: data.Name = launcher.flag("digits", "Images to classify; the digits need no download.")
+    data_dir: str | None = launcher.flag(
+        None, "Folder of a data set that is not bundled.", only={"dataset": data.WITH_FOLDER},
+        fixed=False,
+    )  # fmt: skip
     hidden: str = launcher.flag("300", "Widths of the hidden layers, with commas between.")
     density: float = launcher.flag(
-        0.01, "Part of a layer's weights that exist: each output has at least one.", above=0
+        0.01,
+        "Part of a layer's weights that exist: each output has at least one.",
+        above=0,
+        only={"method": _SPARSE},
     )
     method: Method = launcher.flag(
         "learned", "Who decides which: jumps of this library, chance, or a rival (train/masks.py)."
     )
-    seeds: int = launcher.flag(1, "Runs, each with a seed of its own from --seed on.", minimum=1)
+    seeds: int = launcher.flag(
+        1,
+        "Runs, with seeds from --seed on; all but the first are in folders WORKDIR/seedN.",
+        minimum=1,
+        fixed=False,
+    )
     steps: int = launcher.flag(2000, "Number of updates of a run.", minimum=1)
-    batch_size: int = launcher.flag(64, "Images per update.", minimum=1)
+    batch_size: int = launcher.flag(64, "Images per update.", minimum=1, below=2**20)
     learning_rate: float = launcher.flag(0.01, "Highest step size; decays to 0.", above=0)
-    every: int = launcher.flag(50, "Steps between changes of what exists.", minimum=1)
-    fraction: float = launcher.flag(0.3, "Part of the weights that moves at first.", above=0)
-    until: float = launcher.flag(0.75, "Part of the steps after which nothing moves.", above=0)
+    every: int = launcher.flag(
+        50, "Steps between changes of what exists.", minimum=1, only={"method": _CHANGING}
+    )
+    fraction: float = launcher.flag(
+        0.3, "Part of the weights that moves at first.", above=0, only={"method": _MOVING}
+    )
+    until: float = launcher.flag(
+        0.75, "Part of the steps after which nothing moves.", above=0, only={"method": _CHANGING}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,6 +80,14 @@ class Config(launcher.Config):
                 raise ValueError(f"--{name} must be at most 1, got {getattr(self, name)}")
         if not all(width.isdecimal() and int(width) for width in self.hidden.split(",")):
             raise ValueError(f"--hidden must be widths like 300,100, got {self.hidden!r}")
+        if self.seed + self.seeds > 2**32:
+            raise ValueError(
+                f"--seeds must end below {2**32}, got {self.seeds} from {self.seed} on"
+            )
+
+    def widths(self, num_pixels: int) -> list[int]:
+        """How many numbers come into each layer, and out of the last."""
+        return [num_pixels, *map(int, self.hidden.split(",")), _NUM_CLASSES]
 
 
 class Classifier(nnx.Module):
@@ -70,9 +98,8 @@ class Classifier(nnx.Module):
     """
 
     def __init__(self, config: Config, num_pixels: int, *, rngs: nnx.Rngs):
-        widths = [num_pixels, *map(int, config.hidden.split(",")), _NUM_CLASSES]
         self.layers, self.counts = nnx.List([]), []
-        for inputs, outputs in itertools.pairwise(widths):
+        for inputs, outputs in itertools.pairwise(config.widths(num_pixels)):
             dense = config.method in ("dense", "magnitude")
             each = inputs if dense else max(1, round(config.density * inputs))
             layer = SparseLinear(inputs, outputs, each * outputs, use_bias=True, rngs=rngs)
@@ -84,12 +111,17 @@ class Classifier(nnx.Module):
             self.layers.append(layer)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images [b, h, w, 1] to logits [b, 10]."""
+        """Maps images [b, h, w, c] to logits [b, 10]."""
         x = x.reshape(x.shape[0], -1)
         *hidden, last = self.layers
         for layer in hidden:
             x = nnx.relu(layer(x))
         return last(x)
+
+
+def make_model(config: Config, num_pixels: int) -> Classifier:
+    """Makes the classifier that a config describes, of images of so many numbers."""
+    return Classifier(config, num_pixels, rngs=nnx.Rngs(config.seed))
 
 
 def weights(layer: SparseLinear | nnx.Linear) -> jax.Array:
@@ -100,7 +132,7 @@ def weights(layer: SparseLinear | nnx.Linear) -> jax.Array:
     return todense(layer.tensor(layer.hypernetwork(), 0, jnp.float32)).T
 
 
-def make_optimizer(config: Config, model: Classifier, seed: int) -> optax.GradientTransformation:
+def make_optimizer(config: Config, model: Classifier) -> optax.GradientTransformation:
     """Adam, and who decides which weights exist."""
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
     options = {
@@ -108,7 +140,7 @@ def make_optimizer(config: Config, model: Classifier, seed: int) -> optax.Gradie
         "fraction": config.fraction,
         "until": max(1, int(config.until * config.steps)),
     }
-    key = jax.random.key(seed)
+    key = jax.random.key(config.seed)
     match config.method:
         case "learned":
             return jumps(key, model, optimizer, **options)
@@ -127,73 +159,89 @@ def accuracy(model: Classifier, images: jax.Array, labels: jax.Array) -> jax.Arr
 
 
 def train(
-    config: Config, dataset: data.Dataset, seed: int, workdir: pathlib.Path
+    config: Config, dataset: data.Dataset, workdir: pathlib.Path
 ) -> tuple[Classifier, dict[str, Any]]:
-    """Trains a classifier; returns it as it is evaluated, and its figures."""
+    """Trains the classifier of one seed; returns it as it is evaluated, and its figures."""
     num_pixels = dataset.train.images[0].size
-    model = Classifier(config, num_pixels, rngs=nnx.Rngs(seed))
+    model = loop.build(make_model, config, num_pixels)
 
     def loss_fn(model, key, step, split):
         del step
         batch = jax.random.randint(key, (config.batch_size,), 0, len(split.labels))
-        logits = model(split.images[batch])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels[batch])
-        return losses.mean(), {}
+        images, labels = devices.shard((split.images[batch], split.labels[batch]))
+        logits = model(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), {}
 
     def evaluate(model, step):
         del step
         model = nnx.view(model, deterministic=True, raise_if_not_found=False)
         return {"validation_accuracy": float(accuracy(model, *dataset.validation))}
 
-    model, run = loop.train(
+    trained = loop.train(
         model,
-        make_optimizer(config, model, seed),
+        make_optimizer(config, model),
         loss_fn,
         dataset.train,
-        key=jax.random.key(seed),
+        config=config,
+        key=jax.random.key(config.seed),
         steps=config.steps,
         workdir=workdir,
+        inputs=(num_pixels,),
+        batch_size=config.batch_size,
         evaluate=evaluate,
         evaluate_every=max(1, config.steps // _NUM_EVALUATIONS),
+        best=lambda validation: validation["validation_accuracy"],
     )
-    run |= evaluate(model, config.steps)
-    return nnx.view(model, deterministic=True, raise_if_not_found=False), run
+    model = nnx.view(trained.model, deterministic=True, raise_if_not_found=False)
+    matrices = [np.asarray(weights(layer)) for layer in model.layers]
+    density = sum(map(np.count_nonzero, matrices)) / sum(matrix.size for matrix in matrices)
+    result = {"accuracy": float(accuracy(model, *dataset.test)), "density": float(density)}
+    result |= trained.figures | evaluate(model, config.steps)
+    print(f"seed {config.seed}: accuracy {result['accuracy']:.4f} with density {density:.4f}")
+    return model, result | {"test_examples": len(dataset.test.labels)}
 
 
-def draw_weights(model: Classifier, dataset: data.Dataset, path: pathlib.Path) -> None:
+def draw_weights(model: Classifier, dataset: data.Dataset, workdir: pathlib.Path) -> None:
     """Draws how many weights of the first layer look at each pixel, beside the mean image."""
-    shape = dataset.train.images.shape[1:3]
-    counts = np.count_nonzero(weights(model.layers[0]), -1).reshape(shape)
+    images = dataset.train.images
+    counts = np.count_nonzero(weights(model.layers[0]), -1).reshape(images.shape[1:]).sum(-1)
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    pictures = {"mean image": dataset.train.images.mean(0)[..., 0], "weights at each pixel": counts}
+    pictures = {"mean image": images.mean((0, 3)), "weights at each pixel": counts}
     for axes, (title, picture) in zip(figure.subplots(1, 2), pictures.items(), strict=True):
         figure.colorbar(axes.imshow(picture), ax=axes)
         axes.set(title=title, xticks=[], yticks=[])
-    figures.save_png(figure, path)
+    figures.save_png(figure, workdir / "weights.png")
 
 
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains one classifier for each seed, writes `weights.png` of the first; returns figures."""
+    """Trains a classifier for each seed, writes `weights.png` of each; returns mean figures."""
     dataset = data.load(config.dataset, config.data_dir)
-    results = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        folder = workdir / f"seed{seed}" if config.seeds > 1 else workdir
-        model, run = train(config, dataset, seed, folder)
-        if not results:
-            draw_weights(model, dataset, workdir / "weights.png")
-        matrices = [np.asarray(weights(layer)) for layer in model.layers]
-        run["density"] = sum(map(np.count_nonzero, matrices)) / sum(m.size for m in matrices)
-        run["accuracy"] = float(accuracy(model, *dataset.test))
-        print(f"seed {seed}: accuracy {run['accuracy']:.4f} with density {run['density']:.4f}")
-        results.append(run)
+    widths = config.widths(dataset.train.images[0].size)
+    most = max(len(dataset.validation.labels), len(dataset.test.labels))
+    devices.check_fits("the test examples", 4 * most * sum(widths))
+    # All are made, and measured in the end, as matrices.
+    devices.check_fits("the layers", 16 * sum(map(math.prod, itertools.pairwise(widths))))
+    model, result = train(config, dataset, workdir)
+    results = [result]
+    for seed in range(config.seed + 1, config.seed + config.seeds):
+        folder = workdir / f"seed{seed}"
+        own, result = train(dataclasses.replace(config, seed=seed, seeds=1), dataset, folder)
+        result["accuracies"] = [result["accuracy"]]
+        runs.report(folder, result, functools.partial(draw_weights, own, dataset, folder))
+        results.append(result)
     print(f"picture: {workdir / 'weights.png'}")
-    means = {name: float(np.mean([run[name] for run in results])) for name in results[0]}
-    return {
-        **means,
-        "steps": config.steps,
-        "accuracies": [run["accuracy"] for run in results],
-        "test_examples": len(dataset.test.labels),
+    # What is not known before the first step has no mean.
+    means = {
+        name: float(np.mean([result[name] for result in results]))
+        for name in results[0]
+        if all(isinstance(result[name], float) for result in results)
     }
+    accuracies = [result["accuracy"] for result in results]
+    return runs.report(
+        workdir,
+        results[0] | means | {"accuracies": accuracies},
+        lambda: draw_weights(model, dataset, workdir),
+    )
 
 
 if __name__ == "__main__":

@@ -163,6 +163,7 @@ def make_model(config: Config) -> TransformerLM:
             window=config.window,
             stride=config.stride,
             block=config.block,
+            implementation=config.implementation,
         ),
         dropout=config.dropout,
         dtype=jnp.bfloat16 if config.bfloat16 else None,

@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 
 from hyperlayer_jax import checks
+from hyperlayer_jax.density import duplicate_mask
 from hyperlayer_jax.nn.candidates import unravel
-from hyperlayer_jax.sampling import duplicate_mask
 from hyperlayer_jax.types import IndexTuples
 
 # The largest axis whose indices float32 tells apart.

@@ -48,6 +48,7 @@ class FreeTuples(nnx.Module):
         )
         self.means = nnx.Param(jnp.log(start) - jnp.log1p(-start))
         self.sigmas = nnx.Param(jnp.zeros(size))
+        self.values: nnx.Variable
         if values is None:
             self.values = nnx.Param(jax.random.normal(rngs.params(), size) * num_tuples**-0.5)
         else:
@@ -93,6 +94,7 @@ class SparseLinear(nnx.Module):
         num_local: int = 0,
         region: int | Sequence[int] | None = None,
         use_bias: bool = False,
+        implementation: str | None = None,
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -111,6 +113,7 @@ class SparseLinear(nnx.Module):
           num_local: points per tuple drawn from the region.
           region: the axes of the region around a mean; needed when num_local > 0.
           use_bias: adds a learned [*out_shape], 0 at first.
+          implementation: the kernel backend, chosen by device where None.
           deterministic: rounds the means; `nnx.view(model, deterministic=True)` for evaluation.
           rngs: the streams `params` and `sample`.
 
@@ -121,6 +124,7 @@ class SparseLinear(nnx.Module):
         out_shape = (out_shape,) if isinstance(out_shape, int) else tuple(out_shape)
         chunks = (math.prod(out_shape),) if by_output else ()
         space = in_shape if by_output else out_shape + in_shape
+        tuples: PlacedTuples | FreeTuples
         if values is None and not num_global and not num_local:
             # As in a dense layer: outputs vary as inputs do.
             inputs = num_tuples if by_output else num_tuples / math.prod(out_shape)
@@ -147,6 +151,7 @@ class SparseLinear(nnx.Module):
             num_local=num_local,
             region=region,
             use_bias=use_bias,
+            implementation=implementation,
             deterministic=deterministic,
             rngs=rngs,
         )
@@ -165,15 +170,19 @@ class SparseLinear(nnx.Module):
     def _multiply(self, x: jax.Array) -> jax.Array:
         """Maps x [n, i] to [n, o]."""
         layer, tuples = self.layer, self.layer.hypernetwork
+        assert isinstance(tuples, PlacedTuples)
         in_shape, num_rows = layer.in_shape, math.prod(layer.out_shape)
+        implementation = layer.implementation
         places, values = tuples.places[...].astype(jnp.int32), tuples.values[...].astype(x.dtype)
         columns, inputs = _read(x, ravel(places[..., -len(in_shape) :], in_shape))
         if layer.by_output:
-            y = kernels.ell_spmm(columns, values, inputs)
+            y = kernels.ell_spmm(columns, values, inputs, implementation=implementation)
             propose = functools.partial(_propose_by_output, in_shape)
         else:
             rows = ravel(places[..., : -len(in_shape)], layer.out_shape)
-            y = kernels.spmm(rows, columns, values, inputs, num_rows=num_rows)
+            y = kernels.spmm(
+                rows, columns, values, inputs, num_rows=num_rows, implementation=implementation
+            )
             propose = functools.partial(_propose, layer.out_shape, in_shape)
         if not layer.deterministic:
             y = explore(propose, tuples, x, y)
