@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("tensorboardX", reason="launchers need the extra train")
 
-from train import glimpse, identity, launcher, sort, transformer
+from train import glimpse, identity, launcher, sort, sparse, transformer
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
@@ -35,6 +35,7 @@ def test_its_commands_are_understood(tmp_path, monkeypatch, capsys):
     """Every launcher reads the flags that stand in the README; what it would do is left out."""
     tasks = {
         "train.sort": sort.Config,
+        "train.sparse": sparse.Config,
         "train.identity": identity.Config,
         "train.glimpse": glimpse.Config,
         "train.transformer": transformer.Config,

@@ -102,7 +102,14 @@ class Classifier(nnx.Module):
         for inputs, outputs in itertools.pairwise(config.widths(num_pixels)):
             dense = config.method in ("dense", "magnitude")
             each = inputs if dense else max(1, round(config.density * inputs))
-            layer = SparseLinear(inputs, outputs, each * outputs, use_bias=True, rngs=rngs)
+            layer = SparseLinear(
+                inputs,
+                outputs,
+                each * outputs,
+                use_bias=True,
+                implementation=config.implementation,
+                rngs=rngs,
+            )
             self.counts.append(max(1, round(config.density * inputs)) * outputs)
             if config.method not in ("learned", "random"):
                 kernel = weights(layer)
