@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperlayer_jax import checks, kernels
-from hyperlayer_jax.lift import lift
+from hyperlayer_jax.lift import lift, reshape
 from hyperlayer_jax.tensors import segment_softmax
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
@@ -48,9 +48,10 @@ def sparse_attention(
       value: float [B, S, K, D], of the dtype of the query.
       pattern: see above; weights >= 0 of any floating dtype. Those below 1e-30 count as 0.
       causal: hides keys j > i from query i, in blocks too. For weights that are normalised over
-        what is visible, forbid the points before that, with the `where` of `discretize`.
+        what is visible, forbid the points before that, with the `where` of `discretize`. The block
+        of a query itself is read whole: NaN in a later token of it does not stay there.
       mask: bool [B, S], the keys that exist; all where None.
-      implementation: the kernel backend, chosen by platform, dtype and shape where None.
+      implementation: the kernel backend, chosen by device where None.
 
     Returns:
       [B, T, N, D], of the dtype of the query; 0 for a query that sees no key. Computed in float32
@@ -96,20 +97,20 @@ def sparse_attention(
 
     # The heads of a group see the same keys: their queries are the rows of one longer matrix.
     groups = heads // key_heads
-    query = query.reshape(batch, key_heads, groups * length, width)
+    query = reshape(query, (batch, key_heads, groups * length, width))
     if by_row:
         grouped = (batch, key_heads, groups * length, columns.shape[-1])
-        columns, log_weights = (x.reshape(grouped) for x in (columns, log_weights))
+        columns, log_weights = (reshape(x, grouped) for x in (columns, log_weights))
         out = kernels.gathered_attention(query, key, value, columns, log_weights, **options)
     else:
         group = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) % groups
         rows = jnp.where(kernels.in_bounds(rows, length), rows + group * length, -1)
-        entries = (
-            x.reshape(batch, key_heads, groups * rows.shape[-1])
-            for x in (rows, columns, log_weights)
-        )
+        # What is hidden is absent.
+        columns = jnp.where(hidden, -1, columns)
+        flat = (batch, key_heads, groups * rows.shape[-1])
+        entries = (reshape(x, flat) for x in (rows, columns, log_weights))
         out = _over_entries(query, key, value, *entries, **options)
-    return jnp.moveaxis(out.reshape(batch, heads, length, value.shape[-1]), 1, 2)
+    return jnp.moveaxis(reshape(out, (batch, heads, length, value.shape[-1])), 1, 2)
 
 
 def _per_head(pattern, leading, batch, heads):
@@ -150,7 +151,8 @@ def _over_entries(query, key, value, rows, columns, log_weights, *, scale, imple
     accumulator = kernels.accumulator(dtype)
     query, key, value = (x.astype(accumulator) for x in (query, key, value))
     logits = kernels.sddmm(rows, columns, query * scale, key, implementation=implementation)
-    weights = segment_softmax(rows, columns, logits + log_weights.astype(accumulator), *sizes)
+    logits = logits + log_weights.astype(accumulator)
+    weights = segment_softmax(rows, columns, logits, *sizes, implementation=implementation)
     out = kernels.spmm(
         rows, columns, weights, value, num_rows=sizes[0], implementation=implementation
     )

@@ -68,5 +68,6 @@ def duplicate_mask(indices: jax.Array) -> jax.Array:
     Raises:
       ValueError: `indices` is not int32 [*B, m, r].
     """
+    indices = checks.as_arrays(indices)
     checks.check_indices("indices", indices, 2, "[*B, m, r]")
     return kernels.duplicate_mask(indices)

@@ -40,6 +40,7 @@ def soft_sort(
     Raises:
       ValueError: an argument has the wrong shape, dtype or range.
     """
+    scores, lengths = checks.as_arrays((scores, lengths))
     num_samples = check_scores(scores, num_samples, certainty, lengths)
     state, _, _ = sort_softly(
         None, scores[..., None], scores, num_samples, certainty, "local", lengths
@@ -69,6 +70,7 @@ def soft_rank(
     Raises:
       ValueError: an argument has the wrong shape, dtype or range.
     """
+    scores, lengths = checks.as_arrays((scores, lengths))
     num_samples = check_scores(scores, num_samples, certainty, lengths)
     _, carry_back, _ = _final(scores, num_samples, certainty, lengths)
     places = jax.lax.iota(accumulator(scores.dtype), scores.shape[-1])
@@ -145,6 +147,7 @@ def soft_top_k(
     Raises:
       ValueError: an argument has the wrong shape, dtype or range.
     """
+    scores, lengths = checks.as_arrays((scores, lengths))
     num_samples = check_scores(scores, num_samples, certainty, lengths)
     size = scores.shape[-1]
     k = checks.check_count("k", k)
@@ -189,8 +192,9 @@ def soft_quantile(
         (np.asarray(q) >= 0) & (np.asarray(q) <= 1)
     ):
         raise ValueError(f"q: got {q}, want numbers in [0, 1]")
-    dtype = accumulator(scores.dtype)
+    scores, lengths = checks.as_arrays((scores, lengths))
     ordered = soft_sort(scores, num_samples=num_samples, certainty=certainty, lengths=lengths)
+    dtype = accumulator(scores.dtype)
     count = jnp.full(scores.shape[:-1], scores.shape[-1]) if lengths is None else lengths
     q = jnp.asarray(q, dtype)
     count = jnp.broadcast_to(count, (*q.shape, *count.shape))
@@ -199,7 +203,8 @@ def soft_quantile(
     ordered = jnp.broadcast_to(ordered.astype(dtype), (*q.shape, *ordered.shape))
     at = lambda i: jnp.take_along_axis(ordered, i[..., None], axis=-1)[..., 0]  # noqa: E731
     low, high = at(below), at(jnp.minimum(below + 1, count - 1))
-    return (low + (high - low) * (place - below.astype(dtype))).astype(scores.dtype)
+    part = place - below.astype(dtype)
+    return (low + jnp.where(part > 0, high - low, 0) * part).astype(scores.dtype)
 
 
 def _final(scores, num_samples, certainty, lengths):
@@ -213,5 +218,5 @@ def _final(scores, num_samples, certainty, lengths):
     # The sort is linear in the items: its transpose is its gradient, wherever that is taken.
     zeros = jnp.zeros((*scores.shape, 1), accumulator(scores.dtype))
     _, transpose_sort, (values, order) = jax.vjp(sort, zeros, has_aux=True)
-    carry_back = lambda places: transpose_sort(jnp.broadcast_to(places, scores.shape))[0][..., 0]  # noqa: E731
+    carry_back = lambda places: transpose_sort(places + jnp.zeros_like(values))[0][..., 0]  # noqa: E731
     return values, carry_back, order

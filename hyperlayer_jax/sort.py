@@ -118,6 +118,7 @@ def soft_quicksort(
     Raises:
       ValueError: an argument has the wrong shape, dtype or range.
     """
+    x, scores, lengths = checks.as_arrays((x, scores, lengths))
     checks.check_float("x", x, 2, "[*B, s, d]")
     num_samples = check_scores(scores, num_samples, certainty, lengths)
     if scores.shape != x.shape[:-1]:
@@ -179,7 +180,7 @@ def sort_softly(
         every = [s._replace(sources=jnp.broadcast_to(s.sources, s.values.shape)) for s in steps]
         return state, order, every
 
-    if not any(spec_of(scores)):
+    if not any(spec_of(scores) + spec_of(x)):
         # The steps are not computed before they are asked for.
         return _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
     certainty = jnp.asarray(certainty, accumulator(scores.dtype))

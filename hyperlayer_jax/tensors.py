@@ -24,7 +24,7 @@ def contract(
       tensor: the sparse tensor, with leading axes *B. An entry with a coordinate outside its axis
         is absent.
       x: float [*B, *in_shape, *D], *D any trailing feature axes, of the dtype of the values.
-      implementation: the kernel backend, chosen by platform, dtype and shape where None.
+      implementation: the kernel backend, chosen by device where None.
 
     Returns:
       [*B, *out_shape, *D], of the dtype of x. Sums are made in float32 at least.
@@ -158,7 +158,13 @@ def _softmax(logits):
 
 
 def segment_softmax(
-    rows: jax.Array, columns: jax.Array, logits: jax.Array, num_rows: int, num_columns: int
+    rows: jax.Array,
+    columns: jax.Array,
+    logits: jax.Array,
+    num_rows: int,
+    num_columns: int,
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Softmax of logits [*B, n] among those of equal `rows` int32 [*B, n].
 
@@ -169,13 +175,15 @@ def segment_softmax(
     one = jnp.ones((*rows.shape[:-1], 1, 1), logits.dtype)
 
     def at_entries(of_rows):
-        return kernels.sddmm(rows, zeros, of_rows[..., None], one)
+        return kernels.sddmm(rows, zeros, of_rows[..., None], one, implementation=implementation)
 
     logits = jnp.where(present, logits, -jnp.inf)
     top = kernels.row_max(rows, logits, num_rows=num_rows)
     weights = jnp.exp(logits - at_entries(jnp.where(jnp.isfinite(top), top, 0)))
-    total = kernels.spmm(rows, zeros, weights, one, num_rows=num_rows)[..., 0]
-    total = at_entries(total)
+    total = kernels.spmm(
+        rows, zeros, weights, one, num_rows=num_rows, implementation=implementation
+    )
+    total = at_entries(total[..., 0])
     return weights / jnp.where(total > 0, total, 1)
 
 

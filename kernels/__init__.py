@@ -1,7 +1,7 @@
 """Sparse operations on raw arrays: one meaning in plain JAX, faster kernels where proven."""
 
 from .attention import block_attention, gathered_attention
-from .dispatch import implementations
+from .dispatch import implementations, serving
 from .numerics import accumulator, in_bounds, materialize
 from .products import ell_sddmm, ell_spmm, ell_spmm_transposed, row_max, sddmm, spmm
 from .redistribution import duplicate_mask, materialize_points, redistribute
@@ -21,5 +21,6 @@ __all__ = [
     "redistribute",
     "row_max",
     "sddmm",
+    "serving",
     "spmm",
 ]

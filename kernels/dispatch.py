@@ -86,6 +86,25 @@ def implementations(operation: str) -> tuple[str, ...]:
     return SERVES[operation]
 
 
+def serving(implementation: str | None, operation: str) -> str | None:
+    """The backend that was named where it serves an operation, and None, to choose, elsewhere.
+
+    For what comes down to several operations, not all of which every backend serves.
+
+    Args:
+      implementation: a backend by name, or None.
+      operation: see `implementations`.
+
+    Returns:
+      `implementation` or None.
+
+    Raises:
+      ValueError: there is no such operation or backend.
+    """
+    check(implementation)
+    return implementation if implementation in implementations(operation) else None
+
+
 def check(implementation: str | None) -> None:
     """Raises a ValueError unless `implementation` is None or the name of a backend."""
     if implementation not in (None, *BACKENDS):
@@ -137,6 +156,8 @@ def _lacks(operation, gradient, operands, sizes, name):
         return f"there is no {operation}"
     if name in _PLAIN or any(0 in x.shape for x in operands):
         return ""
+    if not all(isinstance(size, int) for x in operands for size in x.shape):
+        return "a kernel needs sizes that are numbers"
     return _module(name, operation).lacks(operation + "_grad" * gradient, *operands, **sizes)
 
 

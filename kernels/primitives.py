@@ -55,7 +55,7 @@ def _primitive(name: str, evaluate: Callable[..., list], shapes: Callable[..., l
         ]
         return results, _effects(evaluate, operands, **params)
 
-    @functools.cache
+    @functools.lru_cache(4096)
     def compiled(**params):
         return jax.jit(functools.partial(_bind, primitive, **params))
 
@@ -65,7 +65,7 @@ def _primitive(name: str, evaluate: Callable[..., list], shapes: Callable[..., l
 
     def lower(context, *operands, **params):
         module = context.module_context
-        partitioned = getattr(module.axis_context, "num_devices", 1) not in (None, 1)
+        partitioned = _is_partitioned(module.axis_context)
 
         def run(*arrays):
             if any(0 in x.shape for x in (*arrays, *context.avals_out)):
@@ -97,6 +97,14 @@ def _primitive(name: str, evaluate: Callable[..., list], shapes: Callable[..., l
     batching.primitive_batchers[primitive] = batch
     EVALUATE[primitive], _SHAPES[primitive] = evaluate, shapes
     return primitive
+
+
+def _is_partitioned(context):
+    """Whether the compiler has axes of devices left to divide a program over."""
+    if hasattr(context, "manual_axes"):
+        left = set(context.mesh.shape) - set(context.manual_axes)
+        return any(context.mesh.shape[axis] > 1 for axis in left)
+    return getattr(context, "num_devices", 1) not in (None, 1)
 
 
 def _effects(evaluate, operands, *, implementation, **params):
@@ -141,7 +149,7 @@ def _bind(primitive: Primitive, *operands: jax.Array, **params: Any) -> list[jax
     return _automatic(primitive, explicit[0], specs, **params)(*alike)
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _automatic(primitive, mesh, specs, **params):
     bind = functools.partial(primitive.bind, **params)
 

@@ -5,10 +5,12 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from test_kernels import assert_close, example
 
-from hyperlayer_jax import kernels
+from hyperlayer_jax import kernels, nn
 from hyperlayer_jax.kernels import dispatch
 from hyperlayer_jax.kernels.products import reference
 
@@ -91,3 +93,25 @@ def test_a_kernel_does_not_run_on_a_device_that_it_was_not_written_for():
     traced = jax.jit(lambda q, f: function(q, f, implementation="tpu")).trace(positions, floats)
     with pytest.raises(NotImplementedError, match="got 'tpu', but it runs on tpu, not on cuda"):
         traced.lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("implementation", dispatch.BACKENDS)
+def test_modules_take_every_backend_for_what_it_serves(implementation):
+    """And those that do not serve a named operation refuse when that is called itself."""
+    options = {"implementation": implementation, "rngs": nnx.Rngs(0)}
+    tokens = jax.ShapeDtypeStruct((4, 8, 4), jnp.float32)
+    for pattern in ("learned", "learned2d", "static", "strided"):
+        layer = nn.SparseSelfAttention(4, 1, 8, pattern=pattern, stride=2, **options)
+        assert jax.eval_shape(lambda x, layer=layer: nnx.clone(layer)(x), tokens).shape == (4, 8, 4)
+    for by_output in (True, False):
+        for num_global in (0, 1):
+            layer = nn.SparseLinear(4, 3, 2, by_output=by_output, num_global=num_global, **options)
+            out = jax.eval_shape(lambda x, layer=layer: nnx.clone(layer)(x), tokens)
+            assert out.shape == (4, 8, 3)
+    layer = nn.GlimpseAttention(4, (2, 2), 1, **options)
+    images = jax.ShapeDtypeStruct((4, 5, 5, 32), jnp.float32)
+    read = lambda i: nnx.clone(layer)(i, jnp.ones((4, 4))).patches  # noqa: E731
+    assert jax.eval_shape(read, images).shape == (4, 1, 2, 2, 32)
+    if implementation not in dispatch.SERVES["duplicate_mask"]:
+        with pytest.raises(NotImplementedError, match="there is no duplicate_mask"):
+            kernels.duplicate_mask(jnp.zeros((2, 3, 1), jnp.int32), implementation=implementation)

@@ -19,7 +19,7 @@ MODULES = {
     "entries": lambda rngs: nn.SparseLinear(6, 5, 3, **LINEAR, rngs=rngs),
     **{
         pattern: lambda rngs, pattern=pattern: nn.SparseSelfAttention(
-            6, 1, 16, pattern=pattern, **ATTENTION, rngs=rngs
+            6, 3, 16, num_kv_heads=1, pattern=pattern, rotary=False, **ATTENTION, rngs=rngs
         )
         for pattern in ("learned", "learned2d", "strided", "window", "block")
     },
@@ -68,6 +68,18 @@ def test_the_same_key_draws_the_same_points():
         indices, values = draw(sharded(tuples))
     assert_equal(indices, want[0])
     assert_close(values, want[1])
+
+
+def test_ranks_and_the_largest():
+    scores = jax.random.normal(jax.random.key(0), (8, 5))
+
+    @jax.jit
+    def functions(scores):
+        return hl.soft_rank(scores), hl.soft_top_k(scores, 2), hl.soft_quantile(scores, 0.5)
+
+    want = functions(scores)
+    with jax.set_mesh(mesh()):
+        assert_close(functions(sharded(scores)), want)
 
 
 def test_sparse_tensors_of_entries():

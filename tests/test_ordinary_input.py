@@ -58,6 +58,22 @@ def test_what_a_mask_hides_reaches_nothing(pattern, causal):
             np.testing.assert_array_equal(got, want)
 
 
+def test_entries_without_weight_and_hidden_ones_reach_nothing():
+    """In a pattern of entries anywhere."""
+    query = key = value = jax.random.normal(KEY, (1, 3, 1, 2))
+    indices = jnp.array([[[0, 0], [1, 1], [1, 2], [2, 0], [2, 2]]], jnp.int32)
+    weights, mask = jnp.array([[1.0, 1, 0, 1, 1]]), jnp.array([[True, True, False]])
+    pattern = hl.SparseTensor(indices, weights, (3,), (3,))
+
+    def loss(query, key, value):
+        return (hl.sparse_attention(query, key, value, pattern, mask=mask) ** 2).sum()
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    spoil = lambda x: x.at[:, 2].set(jnp.nan)  # noqa: E731
+    got, want = run(query, spoil(key), spoil(value)), run(query, key, value)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_a_cache_does_not_grow_past_the_longest_sequence():
     """An error where lengths are known, NaN where they are traced."""
     attention = nnx.view(layer("learned"), deterministic=True)

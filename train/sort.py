@@ -22,7 +22,7 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 
-from hyperlayer_jax import SoftSort, bucket_starts, contract, transpose
+from hyperlayer_jax import SoftSort, bucket_starts, contract, kernels, transpose
 from hyperlayer_jax.nn import SoftQuicksort
 from train import augment, data, devices, figures, launcher, loop, runs
 
@@ -49,12 +49,20 @@ class Config(launcher.Config):
         "at every level; separate carries the sorted images back to every level and trains each "
         "by itself.",
     )
-    num_samples: int = launcher.flag(10, "Random splits per bucket.", minimum=0, below=2**12)
+    num_samples: int = launcher.flag(
+        10,
+        "Items on the other side of a split that an item may exchange with, rounded up to a power "
+        "of two; with --proposal=uniform, random splits of a bucket.",
+        minimum=1,
+        below=2**12,
+    )
     certainty: float = launcher.flag(
-        10.0, "How soon a difference in score decides a split.", above=0
+        10.0, "How soon a difference in score decides an exchange.", above=0
     )
     proposal: Literal["local", "uniform"] = launcher.flag(
-        "local", "Draws splits near the one by score, or uniformly as in the paper."
+        "local",
+        "local: items change places one by one with others about as far from the split; uniform: "
+        "random splits of whole buckets, as in the paper.",
     )
     steps: int = launcher.flag(6000, "Number of updates.", minimum=1)
     batch_size: int | None = launcher.flag(
@@ -135,7 +143,6 @@ def sort_loss(
     if kind == "plain" or levels == 0:
         return jnp.mean((result.items[-1] - target) ** 2)
     size = target.shape[-2]
-    multiply = functools.partial(contract, implementation=implementation)
     losses = []
     if kind == "means":
         for items, starts in zip(result.items[1:], bucket_starts(size)[1:], strict=True):
@@ -146,9 +153,18 @@ def sort_loss(
             losses.append(jnp.mean(difference**2))
     else:
         for permutation, items in zip(result.permutations[::-1], result.items[-2::-1], strict=True):
-            moved = multiply(permutation, jax.lax.stop_gradient(items))
+            moved = contract(
+                permutation,
+                jax.lax.stop_gradient(items),
+                implementation=kernels.serving(implementation, "ell_spmm"),
+            )
             losses.append(jnp.mean((moved - target) ** 2))
-            target = jax.lax.stop_gradient(multiply(transpose(permutation), target))
+            back = contract(
+                transpose(permutation),
+                target,
+                implementation=kernels.serving(implementation, "spmm"),
+            )
+            target = jax.lax.stop_gradient(back)
     return sum(losses) / levels
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from hyperlayer_jax import checks
 from hyperlayer_jax.attention import at_keys, sparse_attention
 from hyperlayer_jax.hyperlayer import discretize
+from hyperlayer_jax.kernels import serving
 from hyperlayer_jax.lift import reshape
 from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.nn.positions import HIDDEN, FreeEntries, FreePositions, LearnedPositions
@@ -118,7 +119,7 @@ class SparseSelfAttention(nnx.Module):
             that is nearly right without a gradient (docs/offset.md).
           dtype: of the computation; where None, what the input and float32 parameters promote to.
             Positions are always float32.
-          implementation: the kernel backend, chosen by device where None.
+          implementation: the kernel backend for what it serves, chosen by device where None.
           deterministic: takes fixed points instead of drawing them; for evaluation,
             `nnx.view(model, deterministic=True)`.
           rngs: the streams `params` and `sample`.
@@ -214,9 +215,13 @@ class SparseSelfAttention(nnx.Module):
             if not self.causal and mask is None and padding[1][1]:
                 exists = jnp.ones(x.shape[:2], bool)
             exists = None if exists is None else jnp.pad(exists, padding)
-            padded = (jnp.pad(y, [*padding, (0, 0), (0, 0)]) for y in (query, key, value))
+            query, key, value = (
+                jnp.pad(y, [*padding, (0, 0), (0, 0)]) for y in (query, key, value)
+            )
             pattern = self._pattern(x, mask)
-            out = self._attend(*padded, pattern, causal=self.causal, mask=exists)[:, :length]
+            out = self._attend(query, key, value, pattern, causal=self.causal, mask=exists)[
+                :, :length
+            ]
         else:
             out = self._attend(query, key, value, self._pattern(x, mask), mask=mask)
         return _existing(self.merge(out.reshape(x.shape)), mask)
@@ -335,8 +340,17 @@ class SparseSelfAttention(nnx.Module):
         if mask is not None:
             checks.check_mask("mask", mask, x.shape[:2])
 
-    def _attend(self, *operands, **options):
-        return sparse_attention(*operands, implementation=self.implementation, **options)
+    def _attend(self, query, key, value, pattern, *, causal=False, mask=None):
+        if isinstance(pattern, SparseTensor):
+            operation = "spmm"
+        elif pattern.out_shape[0] == query.shape[1]:
+            operation = "gathered_attention"
+        else:
+            operation = "block_attention" if mask is None else "masked_block_attention"
+        implementation = serving(self.implementation, operation)
+        return sparse_attention(
+            query, key, value, pattern, causal=causal, mask=mask, implementation=implementation
+        )
 
     def _pattern(self, x, mask):
         """`pattern` of what has been checked."""
@@ -504,7 +518,7 @@ class SparseSelfAttention(nnx.Module):
             num_local=self.num_local,
             region=self.region,
             where=where,
-            implementation=self.implementation,
+            implementation=serving(self.implementation, "redistribute"),
         )
         return tuple(x[:, 0] for x in points) if points[0].shape[1] == 1 else points
 

@@ -33,6 +33,7 @@ class SparseConv(nnx.Module):
         padding: str = "SAME",
         groups: int = 1,
         use_bias: bool = True,
+        implementation: str | None = None,
         deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -48,6 +49,7 @@ class SparseConv(nnx.Module):
           padding: "SAME" or "VALID", as in `nnx.Conv`.
           groups: parts of the channels; outputs only see the inputs of their part.
           use_bias: adds a learned [out_features], 0 at first.
+          implementation: the kernel backend for what it serves, chosen by device where None.
           deterministic: looks for no better places; for evaluation.
           rngs: the stream `params`.
 
@@ -67,6 +69,7 @@ class SparseConv(nnx.Module):
             )
         self.padding = padding
         self.groups = groups
+        self.implementation = implementation
         self.in_features, self.out_features = in_features, out_features
         space = (in_features // groups, *self.field)
         scale = max(num_taps, 1) ** -0.5
@@ -97,9 +100,10 @@ class SparseConv(nnx.Module):
         rows = (*out_image, *values.shape)
         entries = jnp.broadcast_to(values.reshape((1,) * rank + values.shape), rows)
         y = kernels.ell_spmm(
-            look_up(self.taps.places[...].astype(jnp.int32)),
-            entries.reshape(-1, values.shape[-1]),
+            look_up(self.taps.indices()),
+            entries.reshape(math.prod(rows[:-1]), values.shape[-1]),
             flat,
+            implementation=kernels.serving(self.implementation, "ell_spmm"),
         )
         if not self.deterministic:
             y = explore(functools.partial(_propose, look_up, self.taps.shape), self.taps, flat, y)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.hyperlayer import discretize
+from hyperlayer_jax.kernels import serving
 from hyperlayer_jax.sampling import round_means
 from hyperlayer_jax.tensors import contract
 from hyperlayer_jax.transforms import last_indices, transform_means, transform_sigmas
@@ -218,7 +219,7 @@ class GlimpseAttention(nnx.Module):
           num_local: points per output pixel drawn from the region; deterministic, spread evenly
             over it.
           region: the axes of the region around a mean; needed when num_local > 0.
-          implementation: the kernel backend, chosen by device where None.
+          implementation: the kernel backend for what it serves, chosen by device where None.
           deterministic: takes fixed points instead of drawing them; for evaluation,
             `nnx.view(model, deterministic=True)`.
           rngs: the streams `params` and `sample`.
@@ -261,9 +262,10 @@ class GlimpseAttention(nnx.Module):
             num_global=self.num_global,
             num_local=self.num_local,
             region=self.region,
-            implementation=self.implementation,
+            implementation=serving(self.implementation, "redistribute"),
         )
-        patches = _read(images, indices, values, means, implementation=self.implementation)
+        implementation = serving(self.implementation, "ell_spmm")
+        patches = _read(images, indices, values, means, implementation=implementation)
         return Glimpses(patches, means, sigmas)
 
     def set_view(self, *, deterministic: bool | None = None):

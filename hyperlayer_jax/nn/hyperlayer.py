@@ -9,6 +9,7 @@ from flax import nnx
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.hyperlayer import apply_template, discretize, round_tuples
+from hyperlayer_jax.kernels import serving
 from hyperlayer_jax.tensors import contract
 from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
 
@@ -60,7 +61,7 @@ class HyperLayer(nnx.Module):
           num_local: points per tuple drawn from the region.
           region: the axes of the region around a mean; needed when num_local > 0.
           use_bias: adds a learned [*out_shape], 0 at first.
-          implementation: the kernel backend, chosen by device where None.
+          implementation: the kernel backend for what it serves, chosen by device where None.
           deterministic: rounds the means; `nnx.view(model, deterministic=True)` for evaluation.
           rngs: the stream `sample` draws points.
 
@@ -101,7 +102,8 @@ class HyperLayer(nnx.Module):
         )
         num_batch_axes = x.ndim - len(self.in_shape) - self.num_feature_axes
         tensor = self.tensor(self.hypernetwork(x), num_batch_axes, x.dtype)
-        y = contract(tensor, x, implementation=self.implementation)
+        operation = "ell_spmm" if self.by_output else "spmm"
+        y = contract(tensor, x, implementation=serving(self.implementation, operation))
         if self.bias is None:
             return y
         return y + self.bias[...].astype(y.dtype).reshape(
@@ -126,7 +128,7 @@ class HyperLayer(nnx.Module):
                 num_global=self.num_global,
                 num_local=self.num_local,
                 region=self.region,
-                implementation=self.implementation,
+                implementation=serving(self.implementation, "redistribute"),
             )
         values = values.astype(dtype)
         if self.by_output:

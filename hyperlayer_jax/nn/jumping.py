@@ -70,8 +70,12 @@ class PlacedTuples(nnx.Module):
 
     def __call__(self, x: jax.Array | None = None) -> IndexTuples:
         """Returns means [*chunks, k, r], sigmas of 0 and values [*chunks, k], whatever x is."""
-        places = jax.lax.stop_gradient(self.places[...])
+        places = self.indices().astype(jnp.float32)
         return IndexTuples(places, jnp.zeros_like(places), self.values[...])
+
+    def indices(self) -> jax.Array:
+        """The places as int32 [*chunks, k, r]."""
+        return jnp.round(jax.lax.stop_gradient(self.places[...])).astype(jnp.int32)
 
 
 Propose = Callable[[jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, jax.Array]]
@@ -134,7 +138,7 @@ def best(
       the largest first. Where there are no more whose gradient is not 0, sizes are 0.
     """
     k = places.shape[-2]
-    points = jnp.concatenate([places.astype(jnp.int32), candidates], -2)
+    points = jnp.concatenate([jnp.round(places).astype(jnp.int32), candidates], -2)
     copies = duplicate_mask(points)[..., k:]
     sizes = jnp.where(copies, 0, jnp.abs(gradients.astype(jnp.float32)))
     sizes, order = jax.lax.top_k(sizes, k)
@@ -186,7 +190,8 @@ def jump(
     """
     own = jnp.where(doubtful, jnp.abs(gradients.astype(jnp.float32)), jnp.inf)
     order = jnp.argsort(own, -1)
-    moves = sizes > jnp.take_along_axis(own, order, -1)
+    whole = (better == jnp.round(better)).all(-1)
+    moves = whole & (sizes > jnp.take_along_axis(own, order, -1))
     old = jnp.take_along_axis(places, order[..., None], -2)
     new = jnp.where(moves[..., None], better, old)
     put = functools.partial(jnp.put_along_axis, inplace=False)
@@ -232,15 +237,17 @@ def jumps(
     0, as do the optimizer's moments of their values. The fraction decays to 0 like half a cosine.
 
     It sees to the places by itself: `optimizer` gets neither them nor their gradients. Gradients
-    must be those of one batch as they come, so averages over several (`optax.MultiSteps`) belong
-    inside.
+    must come as they are: whatever changes them (clipping, scaling, `optax.MultiSteps`) belongs
+    inside, `jumps(key, model, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), ...)`,
+    never before it in a chain, where places would no longer be whole, and nothing jumps.
 
     Args:
       key: a PRNG key; with the number of the step, it decides what is random.
       model: the module that is optimized, or one like it; it has layers with `PlacedTuples`.
       optimizer: an `optax.GradientTransformation` for the parameters of the model.
       until: the step after which all stay; the rest of the training is for values alone.
-      every: steps between jumps. They are in the middle of these, where nobody evaluates.
+      every: steps between looks. For one step in the middle of these, `every // 2` steps after a
+        multiple, doubtful values are 0: do not evaluate or export then.
       fraction: the part of the tuples that is in doubt at first.
 
     Returns:

@@ -25,7 +25,7 @@ class SoftQuicksort(nnx.Module):
           certainty: > 0, how soon a difference in score decides.
           proposal: "local" or "uniform", see `soft_quicksort`.
           deterministic: sorts exactly; `nnx.view(model, deterministic=True)` for evaluation.
-          rngs: the stream `sample` draws the splits.
+          rngs: the stream `sample` draws the splits of `proposal="uniform"`.
         """
         self.num_samples = num_samples
         self.certainty = certainty

@@ -76,6 +76,9 @@ class SparseLinear(nnx.Module):
         optimizer = jumps(key, model, optax.adam(1e-3), until=1500)
         optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
+    Without `jumps`, places stay as long as the optimizer leaves alone what has no gradient: weight
+    decay would move them.
+
     With `num_global`, `num_local` or fixed `values` they are tuples as in the paper instead, which
     move by gradient: one W serves a whole batch, and is sampled anew at every call.
     """
@@ -113,9 +116,10 @@ class SparseLinear(nnx.Module):
           num_local: points per tuple drawn from the region.
           region: the axes of the region around a mean; needed when num_local > 0.
           use_bias: adds a learned [*out_shape], 0 at first.
-          implementation: the kernel backend, chosen by device where None.
-          deterministic: rounds the means; `nnx.view(model, deterministic=True)` for evaluation.
-          rngs: the streams `params` and `sample`.
+          implementation: the kernel backend for what it serves, chosen by device where None.
+          deterministic: looks for no better places, or rounds the means of tuples as in the paper;
+            `nnx.view(model, deterministic=True)` for evaluation.
+          rngs: the stream `params`, and `sample` for tuples as in the paper.
 
         Raises:
           ValueError: a shape is out of range, or there are more weights than places.
@@ -172,18 +176,19 @@ class SparseLinear(nnx.Module):
         layer, tuples = self.layer, self.layer.hypernetwork
         assert isinstance(tuples, PlacedTuples)
         in_shape, num_rows = layer.in_shape, math.prod(layer.out_shape)
-        implementation = layer.implementation
-        places, values = tuples.places[...].astype(jnp.int32), tuples.values[...].astype(x.dtype)
+        operation = "ell_spmm" if layer.by_output else "spmm"
+        implementation = kernels.serving(layer.implementation, operation)
+        places, values = tuples.indices(), tuples.values[...].astype(x.dtype)
         columns, inputs = _read(x, ravel(places[..., -len(in_shape) :], in_shape))
         if layer.by_output:
             y = kernels.ell_spmm(columns, values, inputs, implementation=implementation)
-            propose = functools.partial(_propose_by_output, in_shape)
+            propose = functools.partial(_propose_by_output, in_shape, implementation)
         else:
             rows = ravel(places[..., : -len(in_shape)], layer.out_shape)
             y = kernels.spmm(
                 rows, columns, values, inputs, num_rows=num_rows, implementation=implementation
             )
-            propose = functools.partial(_propose, layer.out_shape, in_shape)
+            propose = functools.partial(_propose, layer.out_shape, in_shape, implementation)
         if not layer.deterministic:
             y = explore(propose, tuples, x, y)
         if layer.bias is not None:
@@ -202,7 +207,7 @@ def _read(x, columns):
     return jnp.arange(columns.size, dtype=jnp.int32).reshape(columns.shape), used
 
 
-def _propose_by_output(in_shape, key, places, x, dy):
+def _propose_by_output(in_shape, implementation, key, places, x, dy):
     """Candidates int32 [o, c, r] for every output, likely good ones, and their gradients.
 
     Half of them are the inputs that matter most to all outputs together, and half are drawn.
@@ -215,10 +220,12 @@ def _propose_by_output(in_shape, key, places, x, dy):
     top = jnp.broadcast_to(top[None], (rows, num_top))
     columns = jnp.concatenate([top, draw(chance, importance)], -1)
     read, inputs = _read(x, columns)
-    return unravel(columns, in_shape), kernels.ell_sddmm(read, dy, inputs)
+    return unravel(columns, in_shape), kernels.ell_sddmm(
+        read, dy, inputs, implementation=implementation
+    )
 
 
-def _propose(out_shape, in_shape, key, places, x, dy):
+def _propose(out_shape, in_shape, implementation, key, places, x, dy):
     """Candidates int32 [c, R] anywhere, likely good ones, and their gradients."""
     sizes, c = (dy.shape[0], x.shape[1]), num_candidates(places.shape[-2])
     chance, *signs = chances(key, (2, c), *((SUMS, size) for size in sizes))
@@ -226,4 +233,4 @@ def _propose(out_shape, in_shape, key, places, x, dy):
     columns = draw(chance[1], norms(signs[0], x.T, dy))
     candidates = jnp.concatenate([unravel(rows, out_shape), unravel(columns, in_shape)], -1)
     read, inputs = _read(x, columns)
-    return candidates, kernels.sddmm(rows, read, dy, inputs)
+    return candidates, kernels.sddmm(rows, read, dy, inputs, implementation=implementation)

@@ -28,6 +28,10 @@ KINDS = {
 }
 
 
+# A lower temperature is none: logits over it would overflow.
+_COLDEST = 1e-30
+
+
 class TransformerLM(nnx.Module):
     """A decoder-only transformer whose layers attend each in their own way.
 
@@ -212,7 +216,7 @@ def generate(
     prompt: jax.Array,
     *,
     num_tokens: int,
-    temperature: float = 1.0,
+    temperature: float | jax.Array = 1.0,
 ) -> jax.Array:
     """Continues prompts, token by token, with a cache.
 
@@ -235,13 +239,14 @@ def generate(
             f"prompt: got {prompt.shape[-1]} tokens and {num_tokens} to add, want at least 1 and "
             f"at most {model.max_length} altogether"
         )
-    if not temperature >= 0:
+    if not isinstance(temperature, jax.core.Tracer) and not temperature >= 0:
         raise ValueError(f"temperature: got {temperature}, want >= 0")
     graphdef, state = nnx.split(nnx.view(model, deterministic=True))
-    return _generate(graphdef, float(temperature), state, prompt, jax.random.split(key, num_tokens))
+    temperature = jnp.asarray(temperature, jnp.float32)
+    return _generate(graphdef, temperature, state, prompt, jax.random.split(key, num_tokens))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _generate(graphdef, temperature, state, prompt, keys):
     def extend(tokens, cache):
         logits, cache = nnx.merge(graphdef, state, copy=True).extend(tokens, cache)
@@ -249,10 +254,11 @@ def _generate(graphdef, temperature, state, prompt, keys):
 
     def step(carry, key):
         logits, cache = carry
-        if temperature == 0:
-            token = logits.argmax(-1).astype(jnp.int32)
-        else:
-            token = jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+        # Logits below the largest one, which cannot overflow.
+        logits = logits - logits.max(-1, keepdims=True)
+        drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, _COLDEST))
+        likeliest = logits.argmax(-1).astype(drawn.dtype)
+        token = jnp.where(temperature > 0, drawn, likeliest).astype(jnp.int32)
         return extend(token[:, None], cache), token
 
     cache = nnx.merge(graphdef, state, copy=True).init_cache(len(prompt))

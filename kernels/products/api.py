@@ -10,6 +10,7 @@ is 0, and nothing is read or written out of bounds. Differentiable to any order,
 """
 
 import jax
+import jax.numpy as jnp
 
 from ..arguments import check, check_size
 from ..primitives import LEFT, RIGHT, VALUES, function, product
@@ -183,11 +184,14 @@ def row_max(
     """
     rows, values = check(implementation, rows=(rows, "n"), values=(values, "n"))
     num_rows = check_size("num_rows", num_rows)
+    if rows.shape[-1] == 0:
+        return jnp.full((*rows.shape[:-1], num_rows), -jnp.inf, values.dtype)
     return function(
         "row_max",
         rows,
         jax.lax.stop_gradient(values),
         leading=rows.ndim - 1,
         results=[((num_rows,), values.dtype)],
+        implementation=implementation,
         num_rows=num_rows,
     )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..arguments import check, check_axis
+from ..dispatch import serving
 from ..numerics import accumulator, materialize
 from ..primitives import function
 from . import cpu
@@ -32,9 +33,6 @@ def duplicate_mask(points: jax.Array, *, implementation: str | None = None) -> j
     (points,) = check(implementation, points=(points, "mr"))
     check_axis("points", points, "r")
     results = [(points.shape[-2:-1], bool)]
-    if implementation not in ("reference", "cpu"):
-        # No kernel has it.
-        implementation = None
     return function(
         "duplicate_mask",
         points,
@@ -99,7 +97,7 @@ def redistribute(
         values=(values, "k"),
         where=(where, "m"),
     )
-    where &= ~duplicate_mask(points, implementation=implementation)
+    where &= ~duplicate_mask(points, implementation=serving(implementation, "duplicate_mask"))
     dtype = accumulator(values.dtype)
     means = jnp.clip(means.astype(dtype), -_MAX_COORDINATE, _MAX_COORDINATE)
     # The gradient of `maximum`, which shares ties, takes longer.
