@@ -33,7 +33,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("laws")
 
-_QUICK_CASES = 4
+_QUICK_CASES = 2
 
 
 def pytest_addoption(parser):

@@ -99,7 +99,7 @@ def test_accuracy_counts_equal_numbers_in_any_order(digits):
 
 
 @pytest.mark.parametrize("kind", ["plain", "means", "separate"])
-@pytest.mark.parametrize("size", [1, 2, 5, 8])
+@pytest.mark.parametrize("size", [1, 5])
 def test_an_exact_sort_has_no_loss_and_a_wrong_one_has(kind, size):
     key = jax.random.key(size)
     x = jax.random.normal(key, (3, size, 4))
