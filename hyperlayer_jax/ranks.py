@@ -218,5 +218,9 @@ def _final(scores, num_samples, certainty, lengths):
     # The sort is linear in the items: its transpose is its gradient, wherever that is taken.
     zeros = jnp.zeros((*scores.shape, 1), accumulator(scores.dtype))
     _, transpose_sort, (values, order) = jax.vjp(sort, zeros, has_aux=True)
-    carry_back = lambda places: transpose_sort(places + jnp.zeros_like(values))[0][..., 0]  # noqa: E731
+
+    def carry_back(places):
+        like_values = jnp.zeros_like(values, places.dtype)
+        return transpose_sort(like_values + jnp.broadcast_to(places, values.shape))[0][..., 0]
+
     return values, carry_back, order
