@@ -48,7 +48,7 @@ def contract(
     dense = x.reshape(*leading, math.prod(in_shape), math.prod(features))
     if isinstance(tensor, RowSparseTensor):
         y = kernels.ell_spmm(
-            _ravel(tensor.indices, in_shape), tensor.values, dense, implementation=implementation
+            ravel(tensor.indices, in_shape), tensor.values, dense, implementation=implementation
         )
     else:
         rows, columns = _rows_and_columns(tensor)
@@ -139,7 +139,7 @@ def sparse_softmax(
     _, out_shape, in_shape = checks.check_tensor(tensor)
     logits = tensor.values.astype(kernels.accumulator(tensor.values.dtype))
     if isinstance(tensor, RowSparseTensor):
-        columns = _ravel(tensor.indices, in_shape)
+        columns = ravel(tensor.indices, in_shape)
         logits = jnp.where(kernels.in_bounds(columns, math.prod(in_shape)), logits, -jnp.inf)
         weights = _softmax(logits)
     else:
@@ -187,11 +187,11 @@ def segment_softmax(
     return weights / jnp.where(total > 0, total, 1)
 
 
-def _ravel(indices, shape):
+def ravel(indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Numbers coordinates int32 [..., r] in row-major order: int32 [...], outside if one is."""
     if len(shape) == 1:
         return indices[..., 0]
-    flat, present = jnp.zeros_like(indices[..., 0]), True
+    flat, present = jnp.zeros_like(indices[..., 0]), jnp.ones_like(indices[..., 0], bool)
     for axis, size in enumerate(shape):
         flat = flat * size + indices[..., axis]
         present &= kernels.in_bounds(indices[..., axis], size)
@@ -203,5 +203,5 @@ def _rows_and_columns(tensor):
     if isinstance(tensor, RowSparseTensor):
         tensor = transpose(transpose(tensor))
     num_out = len(tensor.out_shape)
-    rows = _ravel(tensor.indices[..., :num_out], tensor.out_shape)
-    return rows, _ravel(tensor.indices[..., num_out:], tensor.in_shape)
+    rows = ravel(tensor.indices[..., :num_out], tensor.out_shape)
+    return rows, ravel(tensor.indices[..., num_out:], tensor.in_shape)

@@ -22,14 +22,6 @@ def unravel(flat: jax.Array, shape: Sequence[int]) -> jax.Array:
     return jnp.stack(coordinates[::-1], -1)
 
 
-def ravel(coordinates: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Numbers int32 [...] of coordinates int32 [..., r] in row-major order."""
-    flat = coordinates[..., 0]
-    for axis, size in enumerate(shape[1:], start=1):
-        flat = flat * size + coordinates[..., axis]
-    return flat
-
-
 def chances(key: jax.Array, *shapes: Sequence[int]) -> list[jax.Array]:
     """Arrays of those shapes of numbers in [0, 1), drawn at once: every draw has to be compiled."""
     sizes = [math.prod(shape) for shape in shapes]

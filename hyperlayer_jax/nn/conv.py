@@ -94,6 +94,7 @@ class SparseConv(nnx.Module):
         if min(out_image) < 1:
             raise ValueError(f"x: got an image of {image}, want at least {window} pixels")
         # The batch travels as the last axis: a tap then reads whole rows.
+        implementation = kernels.serving(self.implementation, "ell_spmm")
         flat = x.reshape(math.prod(batch), math.prod(image) * self.in_features).T
         look_up = functools.partial(self._inputs, image, out_image, [low for low, _ in pads])
         values = self.taps.values[...].astype(x.dtype)
@@ -103,10 +104,11 @@ class SparseConv(nnx.Module):
             look_up(self.taps.indices()),
             entries.reshape(math.prod(rows[:-1]), values.shape[-1]),
             flat,
-            implementation=kernels.serving(self.implementation, "ell_spmm"),
+            implementation=implementation,
         )
         if not self.deterministic:
-            y = explore(functools.partial(_propose, look_up, self.taps.shape), self.taps, flat, y)
+            propose = functools.partial(_propose, look_up, self.taps.shape, implementation)
+            y = explore(propose, self.taps, flat, y)
         y = y.T.reshape(*batch, *out_image, self.out_features)
         if self.bias is None:
             return y
@@ -142,12 +144,12 @@ class SparseConv(nnx.Module):
             self.deterministic = deterministic
 
 
-def _propose(look_up, space, key, places, x, dy):
+def _propose(look_up, space, implementation, key, places, x, dy):
     """Candidates int32 [out, c, 1 + r], any taps, and their gradients."""
     out, k, _ = places.shape
     flat = jax.random.randint(key, (out, num_candidates(k)), 0, math.prod(space), jnp.int32)
     candidates = unravel(flat, space)
-    gradients = kernels.ell_sddmm(look_up(candidates), dy, x)
+    gradients = kernels.ell_sddmm(look_up(candidates), dy, x, implementation=implementation)
     return candidates, gradients.reshape(-1, *flat.shape).sum(0)
 
 

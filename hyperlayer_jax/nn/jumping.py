@@ -20,8 +20,6 @@ from hyperlayer_jax.density import duplicate_mask
 from hyperlayer_jax.nn.candidates import unravel
 from hyperlayer_jax.types import IndexTuples
 
-# The largest axis whose indices float32 tells apart.
-_LONGEST = 2**24
 # Of the mean of squared gradients from step to step.
 _DECAY = 0.98
 
@@ -55,8 +53,8 @@ class PlacedTuples(nnx.Module):
         count = checks.check_count("num_tuples", num_tuples)
         if count > space:
             raise ValueError(f"num_tuples: got {count}, want at most {space}, one for each place")
-        if max(self.shape) > _LONGEST:
-            raise ValueError(f"shape: got {self.shape}, want axes of at most {_LONGEST}")
+        if max(self.shape) > checks.FLOAT32_MAX:
+            raise ValueError(f"shape: got {self.shape}, want axes of at most {checks.FLOAT32_MAX}")
         size = (*chunks, count)
         edges = np.arange(count + 1, dtype=np.int64) * space // max(count, 1)
         first, last = (

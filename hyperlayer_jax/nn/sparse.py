@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hyperlayer_jax import checks, kernels
-from hyperlayer_jax.nn.candidates import SUMS, chances, draw, norms, num_candidates, ravel, unravel
+from hyperlayer_jax.nn.candidates import SUMS, chances, draw, norms, num_candidates, unravel
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
 from hyperlayer_jax.nn.jumping import PlacedTuples, explore
+from hyperlayer_jax.tensors import ravel
 from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
 
