@@ -14,20 +14,26 @@ from hyperlayer_jax.nn.glimpse import (
     reinforce_loss,
 )
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
-from hyperlayer_jax.nn.jumping import PlacedTuples, explore, jump, jumps, weakest
+from hyperlayer_jax.nn.hypernetworks import ConvTuples, FixedTuples, FreeTuples, MLPTuples
+from hyperlayer_jax.nn.jumping import PlacedTuples, explore, freeze, jump, jumps, weakest
 from hyperlayer_jax.nn.positions import shorten_steps
+from hyperlayer_jax.nn.sampler import Sampler
 from hyperlayer_jax.nn.sort import SoftQuicksort
-from hyperlayer_jax.nn.sparse import FreeTuples, SparseLinear
+from hyperlayer_jax.nn.sparse import SparseLinear
 from hyperlayer_jax.nn.transformer import TransformerLM, generate
 
 __all__ = [
     "AttentionCache",
+    "ConvTuples",
+    "FixedTuples",
     "FreeTuples",
     "GlimpseAttention",
     "Glimpses",
     "HyperLayer",
+    "MLPTuples",
     "PlacedTuples",
     "ReinforceGlimpses",
+    "Sampler",
     "SoftQuicksort",
     "SparseConv",
     "SparseLinear",
@@ -38,6 +44,7 @@ __all__ = [
     "bilinear",
     "box_means",
     "explore",
+    "freeze",
     "generate",
     "jump",
     "jumps",

@@ -18,14 +18,18 @@ from flax import nnx
 from hyperlayer_jax import checks
 from hyperlayer_jax.density import duplicate_mask
 from hyperlayer_jax.nn.candidates import unravel
-from hyperlayer_jax.types import IndexTuples
+from hyperlayer_jax.nn.hypernetworks import FixedTuples, FreeTuples, check_positive
 
 # Of the mean of squared gradients from step to step.
 _DECAY = 0.98
 
 
-class PlacedTuples(nnx.Module):
-    """Index tuples at integer places, which are parameters: only `jumps` moves them."""
+class PlacedTuples(FixedTuples):
+    """Index tuples at integer places, from which only `jumps` moves them.
+
+    Where tuples have jumped to are parameters, 0 before, in homogeneous coordinates: (w place, w).
+    So no optimizer moves a place that has no gradient, weight decay included.
+    """
 
     def __init__(
         self,
@@ -48,32 +52,56 @@ class PlacedTuples(nnx.Module):
         Raises:
           ValueError: there are fewer places than tuples, or an axis is too long for float32.
         """
-        self.shape = checks.check_shape("shape", shape)
-        space = checks.check_size("shape", self.shape)
-        count = checks.check_count("num_tuples", num_tuples)
+        shape = checks.check_shape("shape", shape)
+        space = checks.check_size("shape", shape)
+        count = check_positive("num_tuples", num_tuples)
         if count > space:
             raise ValueError(f"num_tuples: got {count}, want at most {space}, one for each place")
-        if max(self.shape) > checks.FLOAT32_MAX:
-            raise ValueError(f"shape: got {self.shape}, want axes of at most {checks.FLOAT32_MAX}")
+        if max(shape) > checks.FLOAT32_MAX:
+            raise ValueError(f"shape: got {shape}, want axes of at most {checks.FLOAT32_MAX}")
         size = (*chunks, count)
-        edges = np.arange(count + 1, dtype=np.int64) * space // max(count, 1)
+        edges = np.arange(count + 1, dtype=np.int64) * space // count
         first, last = (
             jnp.broadcast_to(jnp.asarray(e, jnp.int32), size) for e in (edges[:-1], edges[1:])
         )
         flat = jax.random.randint(rngs.params(), size, first, last, jnp.int32)
-        self.places = nnx.Param(unravel(flat, self.shape).astype(jnp.float32))
-        self.values = nnx.Param(jax.random.normal(rngs.params(), size) * scale)
+        values = jax.random.normal(rngs.params(), size) * scale
+        super().__init__(unravel(flat, shape), values, shape)
+        self.jumped = nnx.Param(jnp.zeros((*size, len(shape) + 1)))
         # Not 0 in steps in which better places are looked for: seeds.
         self.looks = nnx.Param(jnp.zeros(size))
-
-    def __call__(self, x: jax.Array | None = None) -> IndexTuples:
-        """Returns means [*chunks, k, r], sigmas of 0 and values [*chunks, k], whatever x is."""
-        places = self.indices().astype(jnp.float32)
-        return IndexTuples(places, jnp.zeros_like(places), self.values[...])
+        self.deterministic = False
 
     def indices(self) -> jax.Array:
         """The places as int32 [*chunks, k, r]."""
-        return jnp.round(jax.lax.stop_gradient(self.places[...])).astype(jnp.int32)
+        jumped = jax.lax.stop_gradient(self.jumped[...])
+        whole = jnp.round(jumped[..., :-1] / jnp.where(jumped[..., -1:] == 0, 1, jumped[..., -1:]))
+        return jnp.where(jumped[..., -1:] == 0, self.places[...], whole.astype(jnp.int32))
+
+    def set_view(self, *, deterministic: bool | None = None):
+        """Called by `nnx.view`.
+
+        Args:
+          deterministic: looks for no better places.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+def freeze(model: Any) -> Any:
+    """A copy of a model whose sparse layers keep their weights where evaluation has them.
+
+    Values stay parameters, to train on; any optimizer leaves the places alone.
+
+    Args:
+      model: a module, such as a `SparseLinear` or `SparseConv`, or one that has some.
+    """
+    model = nnx.clone(model)
+    for _, module in list(nnx.iter_modules(model)):
+        tuples = getattr(module, "tuples", None)
+        if isinstance(tuples, FixedTuples | FreeTuples):
+            module.tuples = tuples.freeze()
+    return model
 
 
 Propose = Callable[[jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, jax.Array]]
@@ -82,10 +110,10 @@ Propose = Callable[[jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, jax.
 def explore(propose: Propose, tuples: PlacedTuples, x: Any, y: jax.Array) -> jax.Array:
     """Returns y, a layer's output for x; where asked to, looks for better places on the way back.
 
-    What it finds are the "gradients" of `tuples.places`, places [*chunks, k, r], the best first,
-    and of `tuples.looks`, the sizes [*chunks, k] of the gradients of weights there, 0 where there
-    is no place. (Flax hands on the scales of 8-bit floats in the same way.) While `tuples.looks` is
-    0 it does nothing.
+    What it finds are the "gradients" of `tuples.jumped`, places [*chunks, k, r] with a 1 behind,
+    the best first, and of `tuples.looks`, the sizes [*chunks, k] of the gradients of weights there,
+    0 where there is no place. (Flax hands on the scales of 8-bit floats in the same way.) While
+    `tuples.looks` is 0, or where deterministic, it does nothing.
 
     Args:
       propose: `(key, places, x, gradient of y) -> (candidates int32 [*chunks, c, r], gradients
@@ -94,28 +122,32 @@ def explore(propose: Propose, tuples: PlacedTuples, x: Any, y: jax.Array) -> jax
       x: arrays that the gradients depend on.
       y: float array.
     """
-    return _explore(propose, tuples.places[...], tuples.looks[...], x, y)
+    if tuples.deterministic:
+        return y
+    return _explore(propose, tuples.jumped[...], tuples.looks[...], tuples.indices(), x, y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _explore(propose, places, looks, x, y):
+def _explore(propose, jumped, looks, places, x, y):
     return y
 
 
-def _explore_fwd(propose, places, looks, x, y):
-    return y, (places, looks, x)
+def _explore_fwd(propose, jumped, looks, places, x, y):
+    return y, (looks, places, x)
 
 
 def _explore_bwd(propose, residuals, dy):
-    places, looks, x = residuals
+    looks, places, x = residuals
     seed = looks.ravel()[0] if looks.size else jnp.zeros(())
 
     def look():
         key = jax.random.key(jax.lax.bitcast_convert_type(seed, jnp.uint32))
-        return best(places, *propose(key, places, x, dy))
+        better, sizes = best(places, *propose(key, places, x, dy))
+        return jnp.concatenate([better, jnp.ones_like(better[..., :1])], -1), sizes
 
-    found = jax.lax.cond(seed != 0, look, lambda: (jnp.zeros_like(places), jnp.zeros_like(looks)))
-    return *found, None, dy
+    nothing = jnp.zeros((*places.shape[:-1], places.shape[-1] + 1)), jnp.zeros_like(looks)
+    found = jax.lax.cond(seed != 0, look, lambda: nothing)
+    return *found, None, None, dy
 
 
 _explore.defvjp(_explore_fwd, _explore_bwd)
@@ -127,7 +159,7 @@ def best(
     """The candidates of the largest gradients, chunk by chunk.
 
     Args:
-      places: float32 [*B, k, r], taken: no candidate.
+      places: int32 [*B, k, r], taken: no candidate.
       candidates: int32 [*B, c, r], c >= k.
       gradients: float [*B, c].
 
@@ -136,7 +168,7 @@ def best(
       the largest first. Where there are no more whose gradient is not 0, sizes are 0.
     """
     k = places.shape[-2]
-    points = jnp.concatenate([jnp.round(places).astype(jnp.int32), candidates], -2)
+    points = jnp.concatenate([places, candidates], -2)
     copies = duplicate_mask(points)[..., k:]
     sizes = jnp.where(copies, 0, jnp.abs(gradients.astype(jnp.float32)))
     sizes, order = jax.lax.top_k(sizes, k)
@@ -254,8 +286,7 @@ def jumps(
     Raises:
       ValueError: an argument is out of range, or there is nothing in the model that could jump.
     """
-    if checks.check_count("every", every) < 1:
-        raise ValueError(f"every: got {every}, want at least 1")
+    check_positive("every", every)
     checks.check_count("until", until)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: got {fraction}, want a number in (0, 1]")
@@ -263,7 +294,7 @@ def jumps(
     paths = [tuple(map(str, path)) for path, m in modules if isinstance(m, PlacedTuples)]
     if not paths:
         raise ValueError("model: got none with `PlacedTuples`, want a layer whose weights can jump")
-    hidden = dict.fromkeys((*path, name) for path in paths for name in ("places", "looks"))
+    hidden = dict.fromkeys((*path, name) for path in paths for name in ("jumped", "looks"))
 
     def select(tree, name):
         leaves = _leaves(tree)
@@ -287,7 +318,7 @@ def jumps(
 
     def update(updates, state, params, **extra):
         step, doubtful = state.step, state.doubtful
-        places, values = select(params, "places"), select(params, "values")
+        places, values = select(params, "jumped"), select(params, "values")
         gradients = select(updates, "values")
         known = [jnp.where(d, 0, g) for d, g in zip(doubtful, gradients, strict=True)]
         changes, inner = optimizer.update(
@@ -303,7 +334,7 @@ def jumps(
         ]
 
         def decide():
-            better, sizes = select(updates, "places"), select(updates, "looks")
+            better, sizes = select(updates, "jumped"), select(updates, "looks")
             found = list(map(jump, places, gradients, doubtful, better, sizes))
             to, moved = ([pair[i] for pair in found] for i in range(2))
             back = [
@@ -338,7 +369,7 @@ def jumps(
         doubtful = jax.lax.cond(next_, doubt, lambda: list(map(jnp.zeros_like, doubtful)))
         seeds = jnp.where(next_, jax.random.uniform(first, (len(paths),), minval=0.5), 0)
         own = (
-            at("places", map(jnp.subtract, to, places))
+            at("jumped", map(jnp.subtract, to, places))
             | at(
                 "values",
                 [
