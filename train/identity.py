@@ -22,7 +22,7 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 from hyperlayer_jax import IndexTuples
-from hyperlayer_jax.nn import Sampler, SparseLinear
+from hyperlayer_jax.nn import Sampler, SparseLinear, jumps
 from train import devices, figures, launcher, loop, runs
 
 _BATCH = 64
@@ -147,9 +147,16 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
     # A step of the same length in cells, whatever the size.
     learning_rate = config.learning_rate * 128 / size
-    trained = loop.train(
-        loop.build(make_model, config),
+    model = loop.build(make_model, config)
+    optimizer = jumps(
+        jax.random.key(config.seed),
+        model,
         optax.adam(optax.cosine_decay_schedule(learning_rate, config.steps)),
+        until=config.steps,
+    )
+    trained = loop.train(
+        model,
+        optimizer,
         loss_fn,
         (),
         config=config,

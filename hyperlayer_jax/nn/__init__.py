@@ -2,6 +2,7 @@
 
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
 from hyperlayer_jax.nn.conv import SparseConv
+from hyperlayer_jax.nn.exploring import explore
 from hyperlayer_jax.nn.glimpse import (
     GlimpseAttention,
     Glimpses,
@@ -14,13 +15,20 @@ from hyperlayer_jax.nn.glimpse import (
     reinforce_loss,
 )
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
-from hyperlayer_jax.nn.hypernetworks import ConvTuples, FixedTuples, FreeTuples, MLPTuples
-from hyperlayer_jax.nn.jumping import PlacedTuples, explore, freeze, jump, jumps, weakest
+from hyperlayer_jax.nn.hypernetworks import ConvTuples, MLPTuples
+from hyperlayer_jax.nn.jumping import jump, jumps, weakest
 from hyperlayer_jax.nn.positions import shorten_steps
 from hyperlayer_jax.nn.sampler import Sampler
 from hyperlayer_jax.nn.sort import SoftQuicksort
 from hyperlayer_jax.nn.sparse import SparseLinear
 from hyperlayer_jax.nn.transformer import TransformerLM, generate
+from hyperlayer_jax.nn.tuples import (
+    FixedTuples,
+    FreeTuples,
+    MeetingTuples,
+    PlacedTuples,
+    freeze,
+)
 
 __all__ = [
     "AttentionCache",
@@ -31,6 +39,7 @@ __all__ = [
     "Glimpses",
     "HyperLayer",
     "MLPTuples",
+    "MeetingTuples",
     "PlacedTuples",
     "ReinforceGlimpses",
     "Sampler",

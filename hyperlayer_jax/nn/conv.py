@@ -10,8 +10,8 @@ from flax import nnx
 
 from hyperlayer_jax import checks, kernels
 from hyperlayer_jax.nn.candidates import num_candidates, unravel
-from hyperlayer_jax.nn.hypernetworks import FixedTuples, check_positive
-from hyperlayer_jax.nn.jumping import PlacedTuples, explore
+from hyperlayer_jax.nn.exploring import explore
+from hyperlayer_jax.nn.tuples import FixedTuples, PlacedTuples, check_positive
 from hyperlayer_jax.types import RowSparseTensor
 
 

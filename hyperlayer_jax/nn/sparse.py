@@ -10,10 +10,16 @@ from flax import nnx
 
 from hyperlayer_jax import kernels
 from hyperlayer_jax.nn.candidates import SUMS, chances, draw, norms, num_candidates, unravel
+from hyperlayer_jax.nn.exploring import explore
 from hyperlayer_jax.nn.hyperlayer import axes, check_input
-from hyperlayer_jax.nn.hypernetworks import FixedTuples, FreeTuples, check_positive
-from hyperlayer_jax.nn.jumping import PlacedTuples, explore
 from hyperlayer_jax.nn.sampler import Sampler
+from hyperlayer_jax.nn.tuples import (
+    FixedTuples,
+    FreeTuples,
+    MeetingTuples,
+    PlacedTuples,
+    check_positive,
+)
 from hyperlayer_jax.tensors import ravel
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
@@ -77,7 +83,8 @@ class SparseLinear(nnx.Module):
             # As in a dense layer: outputs vary as inputs do.
             self.tuples = PlacedTuples(chunks, count, space, scale=num_tuples**-0.5, rngs=rngs)
         else:
-            self.tuples = FreeTuples(
+            kind = FreeTuples if values is None else MeetingTuples
+            self.tuples = kind(
                 chunks, count, space,
                 values=values, sigma_scale=sigma_scale, min_sigma=min_sigma, rngs=rngs,
             )  # fmt: skip
@@ -119,19 +126,23 @@ class SparseLinear(nnx.Module):
         in_shape, num_rows = self.in_shape, math.prod(self.out_shape)
         operation = "ell_spmm" if self.by_output else "spmm"
         implementation = kernels.serving(self.implementation, operation)
+        tuples = self.tuples
+        meeting = isinstance(tuples, MeetingTuples)
         places, values = self._entries()
         values = values.astype(x.dtype)
         columns, inputs = _read(x, ravel(places[..., -len(in_shape) :], in_shape))
         if self.by_output:
             y = kernels.ell_spmm(columns, values, inputs, implementation=implementation)
-            propose = functools.partial(_propose_by_output, in_shape, implementation)
+            propose = functools.partial(_propose_by_output, in_shape, implementation, meeting)
         else:
             rows = ravel(places[..., : -len(in_shape)], self.out_shape)
             y = kernels.spmm(
                 rows, columns, values, inputs, num_rows=num_rows, implementation=implementation
             )
-            propose = functools.partial(_propose, self.out_shape, in_shape, implementation)
-        return explore(propose, self.tuples, x, y) if isinstance(self.tuples, PlacedTuples) else y
+            propose = functools.partial(_propose, self.out_shape, in_shape, implementation, meeting)
+        if isinstance(tuples, PlacedTuples | MeetingTuples):
+            return explore(propose, tuples, x, y)
+        return y
 
 
 def _read(x, columns):
@@ -145,7 +156,7 @@ def _read(x, columns):
     return jnp.arange(columns.size, dtype=jnp.int32).reshape(columns.shape), used
 
 
-def _propose_by_output(in_shape, implementation, key, places, x, dy):
+def _propose_by_output(in_shape, implementation, meeting, key, places, x, dy):
     """Candidates int32 [o, c, r] for every output, likely good ones, and their gradients.
 
     Half of them are the inputs that matter most to all outputs together, and half are drawn.
@@ -156,19 +167,24 @@ def _propose_by_output(in_shape, implementation, key, places, x, dy):
     importance = norms(signs, x.T, dy)
     top = jax.lax.top_k(importance, num_top)[1].astype(jnp.int32)
     top = jnp.broadcast_to(top[None], (rows, num_top))
-    columns = jnp.concatenate([top, draw(chance, importance)], -1)
+    own = [ravel(places, in_shape)] if meeting else []
+    columns = jnp.concatenate([top, draw(chance, importance), *own], -1)
     read, inputs = _read(x, columns)
     return unravel(columns, in_shape), kernels.ell_sddmm(
         read, dy, inputs, implementation=implementation
     )
 
 
-def _propose(out_shape, in_shape, implementation, key, places, x, dy):
+def _propose(out_shape, in_shape, implementation, meeting, key, places, x, dy):
     """Candidates int32 [c, R] anywhere, likely good ones, and their gradients."""
     sizes, c = (dy.shape[0], x.shape[1]), num_candidates(places.shape[-2])
     chance, *signs = chances(key, (2, c), *((SUMS, size) for size in sizes))
     rows = draw(chance[0], norms(signs[1], dy, x.T))
     columns = draw(chance[1], norms(signs[0], x.T, dy))
+    if meeting:
+        num_out = len(out_shape)
+        rows = jnp.concatenate([rows, ravel(places[..., :num_out], out_shape)])
+        columns = jnp.concatenate([columns, ravel(places[..., num_out:], in_shape)])
     candidates = jnp.concatenate([unravel(rows, out_shape), unravel(columns, in_shape)], -1)
     read, inputs = _read(x, columns)
     return candidates, kernels.sddmm(rows, read, dy, inputs, implementation=implementation)
