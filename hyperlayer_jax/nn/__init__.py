@@ -2,20 +2,16 @@
 
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
 from hyperlayer_jax.nn.conv import SparseConv
-from hyperlayer_jax.nn.glimpse import (
-    GlimpseAttention,
-    Glimpses,
+from hyperlayer_jax.nn.glimpse import GlimpseAttention, Glimpses
+from hyperlayer_jax.nn.glimpse_baselines import (
     ReinforceGlimpses,
     SpatialTransformer,
-    affine_means,
-    bilinear,
-    box_means,
-    quad_means,
     reinforce_loss,
 )
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
 from hyperlayer_jax.nn.jumping import PlacedTuples, explore, jump, jumps, weakest
 from hyperlayer_jax.nn.positions import shorten_steps
+from hyperlayer_jax.nn.sampler import Sampler
 from hyperlayer_jax.nn.sort import SoftQuicksort
 from hyperlayer_jax.nn.sparse import FreeTuples, SparseLinear
 from hyperlayer_jax.nn.transformer import TransformerLM, generate
@@ -28,20 +24,17 @@ __all__ = [
     "HyperLayer",
     "PlacedTuples",
     "ReinforceGlimpses",
+    "Sampler",
     "SoftQuicksort",
     "SparseConv",
     "SparseLinear",
     "SparseSelfAttention",
     "SpatialTransformer",
     "TransformerLM",
-    "affine_means",
-    "bilinear",
-    "box_means",
     "explore",
     "generate",
     "jump",
     "jumps",
-    "quad_means",
     "reinforce_loss",
     "shorten_steps",
     "weakest",
