@@ -3,15 +3,10 @@
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
 from hyperlayer_jax.nn.conv import SparseConv
 from hyperlayer_jax.nn.exploring import explore
-from hyperlayer_jax.nn.glimpse import (
-    GlimpseAttention,
-    Glimpses,
+from hyperlayer_jax.nn.glimpse import GlimpseAttention, Glimpses
+from hyperlayer_jax.nn.glimpse_baselines import (
     ReinforceGlimpses,
     SpatialTransformer,
-    affine_means,
-    bilinear,
-    box_means,
-    quad_means,
     reinforce_loss,
 )
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
@@ -49,15 +44,11 @@ __all__ = [
     "SparseSelfAttention",
     "SpatialTransformer",
     "TransformerLM",
-    "affine_means",
-    "bilinear",
-    "box_means",
     "explore",
     "freeze",
     "generate",
     "jump",
     "jumps",
-    "quad_means",
     "reinforce_loss",
     "shorten_steps",
     "weakest",
