@@ -31,14 +31,14 @@ def draw_patterns(model: TransformerLM, tokens: np.ndarray) -> Figure | None:
     graphdef, state = nnx.split(nnx.view(model, deterministic=True))
     length, pictures = len(tokens), []
     for index, heads in enumerate(_weights(graphdef, state, tokens)):
-        layer = model.blocks[index].attention
+        kind = model.blocks[index].attention.kind
+        name = type(kind).__name__.lower()
         for head, fine in enumerate([] if heads is None else np.asarray(heads)):
             weights, pixels = squares(fine)
             # An entry is of a block of tokens, or a row of every so many.
-            height = {"block": layer.block, "strided": layer.stride}.get(layer.kind, 1) * pixels[0]
-            width = (layer.block if layer.kind == "block" else 1) * pixels[1]
+            height, width = (a * b for a, b in zip(kind.spacing, pixels, strict=True))
             extent = (0, width * weights.shape[1], height * weights.shape[0], 0)
-            pictures.append((f"layer {index} ({layer.kind}), head {head}", weights, extent))
+            pictures.append((f"layer {index} ({name}), head {head}", weights, extent))
     if not pictures:
         return None
     columns = min(len(pictures), 4)

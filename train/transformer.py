@@ -25,7 +25,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM, generate, shorten_steps
+from hyperlayer_jax.nn import Sampler, SparseSelfAttention, TransformerLM, generate, shorten_steps
+from hyperlayer_jax.nn.patterns import PATTERNS
 from train import devices, figures, launcher, loop, runs, text
 from train.patterns import draw_patterns
 
@@ -154,20 +155,33 @@ def make_model(config: Config) -> TransformerLM:
         config.length,
         layers=config.layers,
         positions=config.positions,
-        attention=functools.partial(
-            SparseSelfAttention,
-            num_tuples=config.num_tuples,
-            num_global=config.num_global,
-            num_local=config.num_local,
-            region=config.region,
-            window=config.window,
-            stride=config.stride,
-            block=config.block,
-            implementation=config.implementation,
-        ),
+        attention=functools.partial(_attention, config),
         dropout=config.dropout,
         dtype=jnp.bfloat16 if config.bfloat16 else None,
         rngs=nnx.Rngs(config.seed),
+    )
+
+
+def _attention(
+    config: Config, *sizes: int, pattern: str, rngs: nnx.Rngs, **options: Any
+) -> SparseSelfAttention:
+    """The attention of one layer, with the flags that its pattern has."""
+    kind = PATTERNS[pattern]
+    names = [field.name for field in dataclasses.fields(kind) if hasattr(config, field.name)]
+    sampler = Sampler(
+        num_global=config.num_global,
+        num_local=config.num_local,
+        region=config.region,
+        rngs=rngs,
+    )
+    own = {name: getattr(config, name) for name in names}
+    return SparseSelfAttention(
+        *sizes,
+        pattern=dataclasses.replace(kind, **own),
+        sampler=sampler,
+        implementation=config.implementation,
+        rngs=rngs,
+        **options,
     )
 
 

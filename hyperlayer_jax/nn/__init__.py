@@ -15,7 +15,8 @@ from hyperlayer_jax.nn.glimpse import (
 )
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
 from hyperlayer_jax.nn.jumping import PlacedTuples, explore, jump, jumps, weakest
-from hyperlayer_jax.nn.positions import shorten_steps
+from hyperlayer_jax.nn.optim import shorten_steps
+from hyperlayer_jax.nn.sampler import Sampler
 from hyperlayer_jax.nn.sort import SoftQuicksort
 from hyperlayer_jax.nn.sparse import FreeTuples, SparseLinear
 from hyperlayer_jax.nn.transformer import TransformerLM, generate
@@ -28,6 +29,7 @@ __all__ = [
     "HyperLayer",
     "PlacedTuples",
     "ReinforceGlimpses",
+    "Sampler",
     "SoftQuicksort",
     "SparseConv",
     "SparseLinear",
