@@ -12,7 +12,7 @@ from hyperlayer_jax.nn.glimpse_baselines import (
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
 from hyperlayer_jax.nn.hypernetworks import ConvTuples, MLPTuples
 from hyperlayer_jax.nn.jumping import jump, jumps, weakest
-from hyperlayer_jax.nn.positions import shorten_steps
+from hyperlayer_jax.nn.optim import shorten_steps
 from hyperlayer_jax.nn.sampler import Sampler
 from hyperlayer_jax.nn.sort import SoftQuicksort
 from hyperlayer_jax.nn.sparse import SparseLinear
