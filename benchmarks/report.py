@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from benchmarks.timing import OutOfTimeError, bytes_per_second, end_after
+from benchmarks.timing import OutOfTimeError, bytes_per_second, end_after, only_try
 
 Suite = Callable[[bool], Iterator[dict[str, Any] | str]]
 
@@ -42,7 +42,10 @@ def main(**suites: Suite) -> None:
         if unknown := set(wanted.only) - set(suites):
             raise app.UsageError(f"--only: got {', '.join(sorted(unknown))}, see --help")
         chosen = {name: suites[name] for name in wanted.only}
-        if _report(chosen, wanted.scale == "small", wanted.out, wanted.rows, wanted.budget_s):
+        small = wanted.scale == "small"
+        if small:
+            only_try()
+        if _report(chosen, small, wanted.out, wanted.rows, wanted.budget_s):
             sys.exit(1)
 
     app.run(run)
