@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
+from benchmarks import command
 from hyperlayer_jax.nn import PlacedTuples, SparseConv, SparseLinear, jumps
 from hyperlayer_jax.nn.candidates import num_candidates
 
@@ -123,8 +124,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("beds", ["taps", "delays", "needles"], "Which of them.")
+    command.define_choices("beds", ["taps", "delays", "needles"], "Which of them.")
     flags.DEFINE_integer("seeds", 5, "Of each bed.", lower_bound=1)
     flags.DEFINE_integer("inputs", 1_000_000, "Of the needles.", lower_bound=_WEIGHTS)
     flags.DEFINE_integer("outputs", 1000, "Of the needles.", lower_bound=1)
-    app.run(main)
+    command.run(main)
