@@ -10,6 +10,7 @@ Needs the extra `aot` and no accelerator. Compiling one step takes minutes.
 """
 
 import collections
+import functools
 import math
 import os
 import re
@@ -24,8 +25,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import report
-from train import devices, transformer, updates
+from train import devices, language, updates
 from train.config import FlagError, make
+from train.transformer_config import Config, make_model
 
 _CORPUS_BYTES = 2**24
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
@@ -48,14 +50,14 @@ def chips(topology: str) -> list[Any]:
         raise FlagError(f"--topology={topology}: {error}") from error
 
 
-def measure(config: transformer.Config, mesh: Mesh) -> dict[str, Any]:
+def measure(config: Config, mesh: Mesh) -> dict[str, Any]:
     """What a step takes: GiB on each chip, and MiB that each gets from others, by collective.
 
     `fits` is False, and there is no more than that, where the memory of a chip does not suffice.
     """
-    model = nnx.eval_shape(lambda: transformer.make_model(config))
+    model = nnx.eval_shape(lambda: make_model(config))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    optimizer = transformer.make_optimizer(config, model)
+    optimizer = language.make_optimizer(config)
 
     def whole(shape, dtype):
         sharding = NamedSharding(mesh, PartitionSpec())
@@ -67,7 +69,7 @@ def measure(config: transformer.Config, mesh: Mesh) -> dict[str, Any]:
         updates.State(step, params, rest, opt_state, None),
     )
     key = whole((), jax.random.key(0).dtype)
-    loss = transformer.text_loss(config)
+    loss = functools.partial(language.loss_fn, config)
     many = updates.make_updates(graphdef, optimizer, loss, None)
     traced = updates.traced(many, mesh, state, key, whole((_CORPUS_BYTES,), jnp.uint8))
     row = {"parameters": devices.num_bytes(params) // 4, "fits": True}
@@ -108,18 +110,18 @@ def communication(program: str) -> dict[str, float]:
     }
 
 
-def _config(**changes: Any) -> transformer.Config:
+def _config(**changes: Any) -> Config:
     """The config of the flags, and what is changed of it."""
     values = flags.FLAGS
     names = ("layers", "features", "length", "batch_size")
     given = {name: values[name].value for name in names} | {"mesh": values.mesh} | changes
     return make(
-        transformer.Config,
+        Config,
         given | {"num_heads": max(1, given["features"] // 64), "bfloat16": True},
     )
 
 
-def _row(config: transformer.Config, mesh: Mesh) -> dict[str, Any]:
+def _row(config: Config, mesh: Mesh) -> dict[str, Any]:
     sizes = f"{config.layers} features {config.features} length {config.length}"
     found = measure(config, mesh)
     name = f"{flags.FLAGS.topology} {config.mesh} batch {config.batch_size} {sizes}"

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from hyperlayer_jax.nn import Sampler, SparseSelfAttention, TransformerLM
+from hyperlayer_jax.nn import Sampler, TransformerLM
 from hyperlayer_jax.nn.patterns import PATTERNS
 from train import launcher, text
+from train.sequences import DividedAttention
 
 # What each task begins with.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -135,6 +136,11 @@ class Config(launcher.Config):
             raise ValueError(
                 f"--num_tuples must be at most --length={self.length}, got {self.num_tuples}"
             )
+        parts = (self.mesh_shape() or {}).get("seq", 1)
+        if self.length % parts:
+            raise ValueError(
+                f"--length must be divided by seq:{parts} of --mesh, got {self.length}"
+            )
         if self.task == "offset" and self.offset >= self.length:
             raise ValueError(f"--offset must be below --length={self.length}, got {self.offset}")
         try:
@@ -161,11 +167,11 @@ def make_model(config: Config) -> TransformerLM:
 
 def _attention(
     config: Config, *sizes: int, pattern: str, rngs: nnx.Rngs, **options: Any
-) -> SparseSelfAttention:
+) -> DividedAttention:
     """The attention of one layer: flags that are options of its pattern reach this."""
     kind = PATTERNS[pattern]
     own = {field.name for field in dataclasses.fields(kind)} & set(vars(config))
-    return SparseSelfAttention(
+    return DividedAttention(
         *sizes,
         pattern=dataclasses.replace(kind, **{name: getattr(config, name) for name in own}),
         sampler=Sampler(
