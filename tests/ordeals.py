@@ -176,6 +176,11 @@ WORDS = {
         "", "provee", "prove measure", "prove --only=x", "prove --budget_s=0", "prove --scale=x",
         "prove", "prove --out=/dev/null/x", "prove --budget_s=nan --out=/proc/x",
     ),
+    "benchmarks.scale": (
+        "--topology=v5e", "--topology=", "--mesh=data:3", "--mesh=data:2,seq:3", "--mesh=x",
+        "--length=0", "--features=0", "--layers=x", "--batch_size=0", "--largest=depth",
+        "--out=nowhere/x", "word",
+    ),
     "benchmarks.known": ("--beds=x", "--beds=", "--seeds=0", "--inputs=3", "--outputs=0", "word"),
     "benchmarks.densities": (
         "", "--out=/proc", "--out=x --densities=0", "--out=x --densities=1.5", "--out=x --seeds=0",
