@@ -3,6 +3,7 @@
 
 python tests/ordeals.py kills train.identity --size=8 --steps=20000
 python tests/ordeals.py damage
+python tests/ordeals.py cost
 python tests/ordeals.py lines
 python tests/ordeals.py lines benchmarks.run train.sort
 """
@@ -14,6 +15,7 @@ import pathlib
 import random
 import runpy
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -121,6 +123,44 @@ def damage(folder):
         shutil.rmtree(run)
     print(f"{DAMAGES} damages: {before} times the one before, {ok} times right, {wrong} wrong")
     return wrong == 0
+
+
+# What models are made from, beside the default config.
+INPUTS = {
+    "train.sort": (64,), "train.sparse": (64,), "train.identity": (), "train.glimpse": (1,),
+    "train.transformer_config": (),
+}  # fmt: skip
+EVERY, SHARE = 30, 0.02
+
+
+def cost(folder):
+    """The processor time of a checkpoint of every default run, as a share of half a minute."""
+    import importlib  # noqa: PLC0415
+
+    import jax  # noqa: PLC0415
+    from flax import nnx  # noqa: PLC0415
+
+    from train.checkpoints import Checkpoints  # noqa: PLC0415
+
+    logging.set_verbosity(logging.ERROR)
+    most = 0
+    for name, inputs in INPUTS.items():
+        task = importlib.import_module(name)
+        params = nnx.state(task.make_model(task.Config(), *inputs), nnx.Param)
+        # With two moments of each, and a mean.
+        state = dict.fromkeys(("params", "mu", "nu", "average"), params)
+        seconds = []
+        with contextlib.closing(Checkpoints(folder / name)) as saved:
+            for step in range(1, 6):
+                began = time.process_time()
+                saved.save(step, state, {})
+                saved.wait()
+                seconds.append(time.process_time() - began)
+        share = statistics.median(seconds) / EVERY
+        most = max(most, share)
+        count = sum(x.size for x in jax.tree.leaves(params))
+        print(f"{name}: {count} parameters, {share:.2%} of {EVERY} s for a checkpoint", flush=True)
+    return most < SHARE
 
 
 WORDS = {
@@ -254,7 +294,7 @@ def lines(folder, *names):
 
 def main():
     what, *arguments = sys.argv[1:] or ["help"]
-    if what not in ("kills", "damage", "lines"):
+    if what not in ("kills", "damage", "cost", "lines"):
         sys.exit(__doc__)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     with tempfile.TemporaryDirectory() as folder:
