@@ -2,6 +2,8 @@
 
 import functools
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -247,6 +249,17 @@ MODULES = {
 def test_a_table_of_every_module(kind):
     layer = MODULES[kind](nnx.Rngs(0))
     assert type(layer).__name__ in nnx.tabulate(layer, example(2, 5, 4))
+
+
+@pytest.mark.slow
+def test_a_hypernetwork_learns_where_to_read():
+    """On new signals, and better than a dense network."""
+    path = pathlib.Path(__file__).parents[1]
+    run = [sys.executable, path / "examples" / "hypernetwork.py"]
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    printed = subprocess.run(run, check=True, capture_output=True, text=True, env=environment)
+    error, baseline = map(float, re.findall(r"\d\.\d+", printed.stdout))
+    assert error < 0.01 < baseline
 
 
 def test_serves_as_a_module_of_linen():
