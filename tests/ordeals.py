@@ -193,7 +193,7 @@ WORDS = {
         "--canvas=2000 --batch_size=100000 --coarseness=1",
     ),
     "train.transformer": (
-        "--num_local=0 --region=3", "--layers=wd --implementation=cpu", "--mesh=seq:3",
+        "--num_local=0 --region=3", "--layers=dd --implementation=cpu", "--mesh=seq:3",
         "--task=speech", "--corpus=/nowhere", "--corpus=nowhere.txt", "--corpus=", "--corpus=a/b.gz",
         "--corpus=~nobody-has-this-name", "--layers=x", "--layers=", "--positions=x", "--offset=3",
         "--task=offset --offset=300 --length=200", "--task=offset --corpus=stdlib2",
@@ -267,7 +267,7 @@ def run_forked(name, arguments, folder):
         os._exit(status or 0)
     began = time.time()
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-        if time.time() - began > 60:
+        if time.time() - began > 180:
             os.kill(child, 9)
         time.sleep(0.02)
     left = [path.name for path in here.iterdir()]

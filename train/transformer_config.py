@@ -106,7 +106,10 @@ class Config(launcher.Config):
         2, "Points per position drawn near it.", minimum=0, below=2**16, only=_with("num_tuples")
     )
     region: int = launcher.flag(
-        8, "Positions that count as near.", minimum=1, only=_with("num_tuples")
+        8,
+        "Positions that count as near.",
+        minimum=1,
+        only=_with("num_tuples") | {"num_local": bool},
     )
     window: int = launcher.flag(8, "Tokens that a window sees.", minimum=1, only=_with("window"))
     stride: int = launcher.flag(
