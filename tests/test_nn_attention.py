@@ -47,10 +47,11 @@ KINDS = tuple(patterns.PATTERNS)
 SAMPLER = {"num_global": 1, "num_local": 1, "region": 3}
 
 
-def attention(*sizes, rngs, sampler=None, **options):
+def attention(*sizes, pattern, rngs, sampler=None, **options):
     """A layer whose sampler draws few points."""
-    sampler = Sampler(**SAMPLER | (sampler or {}), rngs=rngs)
-    return SparseSelfAttention(*sizes, num_kv_heads=K, sampler=sampler, rngs=rngs, **options)
+    if pattern.draws:
+        options["sampler"] = Sampler(**SAMPLER | (sampler or {}), rngs=rngs)
+    return SparseSelfAttention(*sizes, pattern=pattern, num_kv_heads=K, rngs=rngs, **options)
 
 
 def build(kind, own=None, **options):
@@ -359,6 +360,7 @@ def test_logits_of_turned_vectors_depend_on_the_distance_alone():
         ({"features": 15}, "num_heads"),
         ({"features": 12}, "rotary"),
         ({"num_kv_heads": 0}, "num_kv_heads"),
+        ({"pattern": "window", "sampler": Sampler(rngs=nnx.Rngs(0))}, "sampler: .* draws nothing"),
     ],
 )
 def test_a_wrong_option_is_named(options, message):

@@ -59,9 +59,11 @@ class Pattern:
 
     Attributes:
       letter: its name among the layers of a `TransformerLM`.
+      draws: takes points from the layer's `sampler`.
     """
 
     letter: ClassVar[str]
+    draws: ClassVar[bool] = False
 
     def __post_init__(self):
         """Raises a ValueError where an option is out of range."""

@@ -26,6 +26,7 @@ class Sampled(Pattern):
       shared: all heads share one pattern.
     """
 
+    draws = True
     num_tuples: int = 4
     min_sigma: float = 0.3
     shared: bool = False
@@ -54,7 +55,9 @@ class Sampled(Pattern):
             # Fixed points must be the same however many tokens follow.
             size = self.size(layer)
         shape = (size,) * tuples.means.shape[-1]
-        return layer.sampler(tuples, shape, where=where, implementation=layer.implementation)
+        # By name, since `nnx.tabulate` shows no dataclass among arguments by position.
+        options = {"where": where, "implementation": layer.implementation}
+        return layer.sampler(tuples=tuples, shape=shape, **options)
 
     def _keys(self, layer, tuples, rows, length, mask=None):
         """The pattern of tuples [B, N, R, k] of tokens at int32 `rows` [R], over `length` keys."""
