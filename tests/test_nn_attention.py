@@ -25,7 +25,6 @@ from hyperlayer_jax.nn.patterns import (
     Dense,
     Learned,
     Learned2D,
-    Sampled,
     Static,
     Strided,
     Window,
@@ -145,10 +144,11 @@ def test_no_token_sees_a_later_one(kind, deterministic):
         assert (np.asarray(changed[:, t]) != np.asarray(out[:, t])).any()
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_gives_what_the_whole_sequence_gives(kind, shared):
-    own = {"shared": shared} if isinstance(PATTERNS[kind], Sampled) else {}
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [*((kind, {}) for kind in KINDS), *((k, {"shared": True}) for k in ("learned", "block"))],
+)
+def test_a_cache_gives_what_the_whole_sequence_gives(kind, own):
     layer = nnx.view(build(kind, own=own), deterministic=True)
     x = tokens()
     extend = nnx.jit(lambda layer, x, cache: layer.extend(x, cache))
@@ -464,6 +464,13 @@ def test_texts_are_drawn_without_dropout():
 def test_a_wrong_option_of_a_language_model_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         TransformerLM(11, E, N, LENGTH, **options, rngs=nnx.Rngs(0))
+
+
+def test_a_table_shows_a_language_model():
+    model = TransformerLM(11, E, N, LENGTH, layers="lw", rngs=nnx.Rngs(0))
+    with jax.numpy_rank_promotion("allow"):
+        table = nnx.tabulate(model, jnp.zeros((B, T), jnp.int32), console_kwargs={"width": 200})
+    assert "blocks/0/attention/sampler" in table and "blocks/1/attention" in table
 
 
 def test_wrong_inputs_of_a_language_model_are_named():

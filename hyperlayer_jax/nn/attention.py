@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from hyperlayer_jax import checks
@@ -226,11 +225,12 @@ class SparseSelfAttention(nnx.Module):
         x = _existing(x, mask)
         rows = jnp.arange(x.shape[1], dtype=jnp.int32)
         rows = rows if first is None else first + rows
-        heads = np.cumsum([self.num_heads, self.num_kv_heads, self.num_kv_heads])
-        out = self.qkv_proj(x).reshape(*x.shape[:2], heads[-1], self.head_features)
-        query, key, value = jnp.split(out, heads[:2], axis=2)
+        served, heads = self.num_heads + self.num_kv_heads, self.num_heads + 2 * self.num_kv_heads
+        out = self.qkv_proj(x).reshape(*x.shape[:2], heads, self.head_features)
+        turned, value = jnp.split(out, [served], axis=2)
         if self.rotary:
-            query, key = rotate(query, rows), rotate(key, rows)
+            turned = rotate(turned, rows)
+        query, key = jnp.split(turned, [self.num_heads], axis=2)
         return Tokens(x, query, key, value, rows, mask)
 
 
