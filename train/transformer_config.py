@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from hyperlayer_jax.nn import Sampler, TransformerLM
+from hyperlayer_jax.nn import TransformerLM
 from hyperlayer_jax.nn.pattern import Pattern
 from hyperlayer_jax.nn.patterns import PATTERNS
 from train import launcher, text
@@ -170,20 +170,17 @@ def make_model(config: Config) -> TransformerLM:
 
 
 def _attention(
-    config: Config, *sizes: int, pattern: Pattern, rngs: nnx.Rngs, **options: Any
+    config: Config, *sizes: int, pattern: Pattern, **options: Any
 ) -> DividedAttention:
     """The attention of one layer: flags that are options of its pattern reach this."""
     own = {field.name for field in dataclasses.fields(pattern)} & set(vars(config))
-    return DividedAttention(
+    layer = DividedAttention(
         *sizes,
         pattern=dataclasses.replace(pattern, **{name: getattr(config, name) for name in own}),
-        sampler=Sampler(
-            num_global=config.num_global,
-            num_local=config.num_local,
-            region=config.region,
-            rngs=rngs,
-        ),
         implementation=config.implementation,
-        rngs=rngs,
         **options,
     )
+    # Its own sampler: one made before would take the key that its projections have of a seed.
+    for name in ("num_global", "num_local", "region"):
+        setattr(layer.sampler, name, getattr(config, name))
+    return layer
