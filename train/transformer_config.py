@@ -169,9 +169,7 @@ def make_model(config: Config) -> TransformerLM:
     )
 
 
-def _attention(
-    config: Config, *sizes: int, pattern: Pattern, **options: Any
-) -> DividedAttention:
+def _attention(config: Config, *sizes: int, pattern: Pattern, **options: Any) -> DividedAttention:
     """The attention of one layer: flags that are options of its pattern reach this."""
     own = {field.name for field in dataclasses.fields(pattern)} & set(vars(config))
     layer = DividedAttention(
