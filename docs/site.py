@@ -12,10 +12,10 @@ from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Pages by their paths in the repository, and where they are on the site.
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
-PAGES |= {
-    path: path
-    for path in (str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("benchmarks/results/*.md")))
+PAGES = {"README.md": "index.md"} | {
+    str(path.relative_to(ROOT)): str(path.relative_to(ROOT))
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results/*.md")
+    for path in ROOT.glob(name)
 }
 SOURCES = {page: path for path, page in PAGES.items()}
 
@@ -28,14 +28,20 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turns links of the repository into those of the site; of what is not there, text remains."""
+    """Turns links of the repository into those of the site, on the page of examples into code.
+
+    Of what is not on the site, the text remains.
+    """
     uri = page.file.src_uri
     folder = posixpath.dirname(SOURCES.get(uri, f"docs/{uri}"))
 
     def replace(link):
         text, target, anchor = link.groups()
         path = posixpath.normpath(posixpath.join(folder, target))
+        if path.startswith("examples") and uri == "examples.md":
+            return f"```python\n{(ROOT / path).read_text()}```"
         place = PAGES.get(path, path.removeprefix("docs/"))
+        place = "examples.md" if path.startswith("examples") else place
         if not files.get_file_from_path(place):
             return link[0] if path.startswith("docs/") else text.strip("![]")
         return f"{text}({posixpath.relpath(place, posixpath.dirname(uri))}{anchor})"

@@ -1,8 +1,8 @@
 """A sparse layer in a transformer of one's own: which token back is the one that matters?
 
-Sequences are records of 24 tokens, each like the record before but for a tenth of its tokens, so the best
-guess of the next token is the one 24 places back, which nobody tells the model. The baseline is the same
-model with a window of 8 tokens.
+Sequences are records of 24 tokens, each like the record before but for a tenth of its tokens. So
+the best guess of the next token is the one 24 places back, which nobody tells the model. The
+baseline is the same model with a window of 8 tokens.
 
   python examples/own_transformer.py
 """
@@ -12,63 +12,51 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hyperlayer_jax.nn import SparseSelfAttention, shorten_steps
-
-TOKENS, RECORD, LENGTH, FEATURES = 16, 24, 72, 32
+from hyperlayer_jax.nn import Sampler, SparseSelfAttention, patterns, shorten_steps
 
 
 class Model(nnx.Module):
-    def __init__(self, pattern: str, *, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(TOKENS, FEATURES, rngs=rngs)
+    def __init__(self, pattern: patterns.Pattern, *, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(16, 32, rngs=rngs)
+        sampler = Sampler(num_global=8, region=8, rngs=rngs)
         self.attention = SparseSelfAttention(
-            FEATURES, 2, LENGTH, pattern=pattern, num_tuples=2, num_global=8, window=8, rotary=False, rngs=rngs
+            32, 2, 72, pattern=pattern, rotary=False, sampler=sampler, rngs=rngs
         )
-        self.norm = nnx.LayerNorm(FEATURES, rngs=rngs)
-        self.logits = nnx.Linear(FEATURES, TOKENS, rngs=rngs)
+        self.logits = nnx.Linear(32, 16, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embed(tokens)
-        return self.logits(self.norm(x + self.attention(x)))
+        return self.logits(x + self.attention(x))
 
 
-def draw(key: jax.Array, batch: int) -> jax.Array:
-    """Sequences int32 [batch, LENGTH + 1]."""
+def errors(model: Model, key: jax.Array) -> jax.Array:
+    """Cross-entropy of the next token, in new sequences, after the first record."""
     first, new, where = jax.random.split(key, 3)
-    tokens = jax.random.randint(first, (batch, RECORD), 0, TOKENS)
-    records = [tokens]
-    for a, b in zip(jax.random.split(new, 3), jax.random.split(where, 3), strict=True):
-        other = jax.random.randint(a, tokens.shape, 0, TOKENS)
-        records.append(jnp.where(jax.random.uniform(b, tokens.shape) < 0.1, other, records[-1]))
-    return jnp.concatenate(records, 1)[:, : LENGTH + 1]
+    records = [jax.random.randint(first, (32, 24), 0, 16)]
+    others = jax.random.randint(new, (3, 32, 24), 0, 16)
+    for other, change in zip(others, jax.random.uniform(where, others.shape) < 0.1, strict=True):
+        records.append(jnp.where(change, other, records[-1]))
+    tokens = jnp.concatenate(records, 1)[:, :73]
+    logits = model(tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])[:, 24:].mean()
 
 
 @nnx.jit
-def train_step(model: Model, optimizer: nnx.Optimizer, key: jax.Array) -> jax.Array:
-    tokens = draw(key, 32)
-
-    def loss_fn(model):
-        logits = model(tokens[:, :-1])[:, RECORD:]
-        targets = tokens[:, RECORD + 1 :]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-    loss, gradients = nnx.value_and_grad(loss_fn)(model)
-    optimizer.update(model, gradients)
-    return loss
+def train_step(model: Model, optimizer: nnx.Optimizer, key: jax.Array) -> None:
+    optimizer.update(model, nnx.grad(errors)(model, key))
 
 
-def main(steps: int = 600) -> dict[str, float]:
-    """Trains both, and returns how many tokens of other sequences they tell right."""
-    figures, tokens = {}, draw(jax.random.key(1), 64)
-    for pattern in ("static", "window"):
-        model = Model(pattern, rngs=nnx.Rngs(0))
-        optimizer = optax.chain(optax.adam(0.01), optax.stateless(shorten_steps(model)))
-        optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
-        for i,key in enumerate(jax.random.split(jax.random.key(2), steps)):
-            l=train_step(model, optimizer, key)
-            if i%100==0: print(i,l)
-        guesses = nnx.view(model, deterministic=True)(tokens[:, :-1])[:, RECORD:].argmax(-1)
-        figures[pattern] = float((guesses == tokens[:, RECORD + 1 :]).mean())
-        print(f"{pattern}: accuracy {figures[pattern]:.3f}")
+def main(steps: int = 300) -> dict[str, float]:
+    """Trains both, and returns the cross-entropies on new sequences."""
+    figures = {}
+    for pattern in (patterns.Static(num_tuples=2), patterns.Window(window=8)):
+        model, name = Model(pattern, rngs=nnx.Rngs(0)), type(pattern).__name__
+        adam = optax.chain(optax.adam(0.01), optax.stateless(shorten_steps(model)))
+        optimizer = nnx.Optimizer(model, adam, wrt=nnx.Param)
+        for key in jax.random.split(jax.random.key(1), steps):
+            train_step(model, optimizer, key)
+        figures[name] = float(errors(nnx.view(model, deterministic=True), jax.random.key(2)))
+        print(f"{name}: {figures[name]:.2f} nats a token, .58 at best, 2.77 by guessing")
     return figures
 
 

@@ -1,8 +1,8 @@
 """Ranks and the top k in a loss: regression whose training labels are partly wrong.
 
 A fifth of the labels of the diabetes data (442 patients, bundled with scikit-learn) are replaced by
-outliers. The same linear model is fitted by squared errors, by ranks (their correlation is Spearman's,
-which no outlier moves far), and by squared errors without the k largest (trimmed squares).
+outliers. The same linear model is fitted by squared errors (the baseline), by ranks (their
+correlation is Spearman's, which no outlier moves far), and without the k largest squared errors.
 
   python examples/soft_ranks.py
 """

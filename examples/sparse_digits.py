@@ -1,7 +1,7 @@
 """A network of 330 weights that learns which of its 22 200 possible weights exist.
 
-Handwritten digits (bundled with scikit-learn), 64 -> 300 -> 10, of which 1% exist. The baseline is the same
-network with the same optimizer, whose weights stay where they began.
+Handwritten digits (bundled with scikit-learn), 64 -> 300 -> 10, of which 1% exist. The baseline is
+the same network with the same optimizer, whose weights stay where they began.
 
   python examples/sparse_digits.py
 """
@@ -18,8 +18,8 @@ from hyperlayer_jax.nn import SparseLinear, jumps
 
 class Network(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
-        self.first = SparseLinear(64, 300, 300, use_bias=True, rngs=rngs)
-        self.second = SparseLinear(300, 10, 30, use_bias=True, rngs=rngs)
+        self.first = SparseLinear(64, 300, 1, use_bias=True, rngs=rngs)
+        self.second = SparseLinear(300, 10, 3, use_bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.second(nnx.relu(self.first(x)))
