@@ -77,16 +77,26 @@ def main(steps: int = 2000) -> dict[str, float]:
                 logits = model(images)
                 return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
 
-            l,g=nnx.value_and_grad(loss_fn)(model)
+            l, g = nnx.value_and_grad(loss_fn)(model)
             optimizer.update(model, g)
             return l
 
-        for i,key in enumerate(jax.random.split(jax.random.key(1), steps)):
-            l=train_step(model, optimizer, key)
-            if i%250==249:
+        for i, key in enumerate(jax.random.split(jax.random.key(1), steps)):
+            l = train_step(model, optimizer, key)
+            if i % 250 == 249:
                 model.eval()
                 images, wanted = draw(jax.random.key(2), digits[1500:], labels[1500:])
-                print(i,l,(nnx.view(model, deterministic=True, raise_if_not_found=False)(images).argmax(-1) != wanted).mean(),flush=True)
+                print(
+                    i,
+                    l,
+                    (
+                        nnx.view(model, deterministic=True, raise_if_not_found=False)(
+                            images
+                        ).argmax(-1)
+                        != wanted
+                    ).mean(),
+                    flush=True,
+                )
         figures[kind.__name__] = 0
         print(f"{kind.__name__}: error {figures[kind.__name__]:.3f}")
     return figures

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from scipy.stats import spearmanr
 from sklearn.datasets import load_diabetes
+from sklearn.utils import shuffle
 
 import hyperlayer_jax as hl
 
@@ -36,27 +37,23 @@ def main(steps: int = 500) -> dict[str, float]:
     """Fits each loss and returns Spearman's correlation on patients held out."""
     x, y = load_diabetes(return_X_y=True)
     rng = np.random.default_rng(0)
-    order = rng.permutation(len(x))
-    x, y = jnp.float32(x[order] / x.std(0)), jnp.float32((y[order] - y.mean()) / y.std())
+    x, y = shuffle(jnp.float32(x / x.std(0)), jnp.float32((y - y.mean()) / y.std()), random_state=0)
     labels = jnp.where(rng.random(300) < 0.2, 20 * rng.standard_normal(300), y[:300])
-    figures = {}
+    optimizer, figures = optax.adam(0.01), {}
     for loss in (squares, ranks, trimmed):
-        optimizer = optax.adam(0.01)
 
-        def objective(params, batch, loss=loss):
-            return loss(x[batch] @ params["w"] + params["b"], labels[batch])
+        def objective(w, batch, loss=loss):
+            return loss(x[batch] @ w, labels[batch])
 
-        def step(state, key, optimizer=optimizer, objective=objective):
-            params, opt_state = state
-            batch = jax.random.choice(key, 300, (32,), replace=False)
-            updates, opt_state = optimizer.update(jax.grad(objective)(params, batch), opt_state)
-            return (optax.apply_updates(params, updates), opt_state), None
+        def step(state, key, objective=objective):
+            (w, moments), batch = state, jax.random.choice(key, 300, (32,), replace=False)
+            updates, moments = optimizer.update(jax.grad(objective)(w, batch), moments)
+            return (optax.apply_updates(w, updates), moments), None
 
-        params = {"w": jnp.full(10, 0.01), "b": jnp.zeros(())}
-        state, keys = (params, optimizer.init(params)), jax.random.split(jax.random.key(0), steps)
-        (params, _), _ = jax.lax.scan(step, state, keys)
-        figures[loss.__name__] = spearmanr(x[300:] @ params["w"], y[300:]).statistic
-        print(f"{loss.__name__:8s} Spearman's correlation {figures[loss.__name__]:.3f}")
+        start, keys = jnp.full(10, 0.01), jax.random.split(jax.random.key(0), steps)
+        (w, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), keys)
+        figures[loss.__name__] = round(float(spearmanr(x[300:] @ w, y[300:]).statistic), 3)
+    print("Spearman's correlation on other patients:", figures)
     return figures
 
 

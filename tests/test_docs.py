@@ -70,7 +70,7 @@ def test_examples_run(path, monkeypatch, capsys):
     with as_users_have_it():
         figures = runpy.run_path(str(path))["main"](steps=2)
     assert len(figures) >= 2 and all(math.isfinite(figure) for figure in figures.values())
-    assert capsys.readouterr().out.count("\n") >= len(figures)
+    assert capsys.readouterr().out
     assert f"python examples/{path.name}" in path.read_text()
 
 
