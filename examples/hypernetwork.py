@@ -1,7 +1,6 @@
 """A layer that computes its own sparse matrix from its input: it learns to cut out what is marked.
 
-The input is a smooth random signal and, one-hot, a place in it; wanted are the five samples from
-there on. A hypernetwork says for each output where to read; the baseline is a dense network.
+The input is a smooth signal and, one-hot, a place; wanted are the five samples from there on.
 
   python examples/hypernetwork.py
 """
@@ -11,17 +10,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hyperlayer_jax.nn import HyperLayer, MLPTuples, Sampler
+from hyperlayer_jax.nn import HyperLayer, MLPTuples
 
 SIZE, CUT = 32, 5
 
 
 def example(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Signals and places [64, 2, SIZE], and what is marked [64, CUT]."""
-    key, of_places = jax.random.split(key)
-    noise = jax.random.normal(key, (64, SIZE + 8))
+    noise, places = jax.random.split(key)
+    noise = jax.random.normal(noise, (64, SIZE + 8))
     signals = sum(noise[:, i : i + SIZE] for i in range(8)) / 8**0.5
-    places = jax.random.randint(of_places, (64,), 0, SIZE - CUT + 1)
+    places = jax.random.randint(places, (64,), 0, SIZE - CUT + 1)
     cut = jax.vmap(lambda x, place: jax.lax.dynamic_slice(x, (place,), (CUT,)))
     return jnp.stack([signals, jax.nn.one_hot(places, SIZE)], 1), cut(signals, places)
 
@@ -49,8 +48,7 @@ def main(steps: int = 1500) -> dict[str, float]:
     rngs = nnx.Rngs(0)
     tuples = MLPTuples((2, SIZE), (CUT,), 1, (SIZE,), values=1.0, sigma_scale=0.2, rngs=rngs)
     template = jnp.zeros((CUT, 3), int).at[:, 0].set(jnp.arange(CUT))  # output, channel, place
-    options = {"sampler": Sampler(num_global=4, evaluation="round", rngs=rngs), "rngs": rngs}
-    layer = HyperLayer(tuples, (2, SIZE), CUT, template=template, columns=(2,), **options)
+    layer = HyperLayer(tuples, (2, SIZE), CUT, template=template, columns=(2,), rngs=rngs)
     error = train(layer, steps, lambda layer, x: layer.hypernetwork(x).sigmas.mean())
     dense = [nnx.Linear(2 * SIZE, 80, rngs=rngs), nnx.relu, nnx.Linear(80, CUT, rngs=rngs)]
     baseline = train(nnx.Sequential(lambda x: x.reshape(64, -1), *dense), steps)

@@ -42,12 +42,10 @@ def main(steps: int = 500) -> dict[str, float]:
     optimizer, figures = optax.adam(0.01), {}
     for loss in (squares, ranks, trimmed):
 
-        def objective(w, batch, loss=loss):
-            return loss(x[batch] @ w, labels[batch])
-
-        def step(state, key, objective=objective):
+        def step(state, key, loss=loss):
             (w, moments), batch = state, jax.random.choice(key, 300, (32,), replace=False)
-            updates, moments = optimizer.update(jax.grad(objective)(w, batch), moments)
+            gradient = jax.grad(lambda w: loss(x[batch] @ w, labels[batch]))(w)
+            updates, moments = optimizer.update(gradient, moments)
             return (optax.apply_updates(w, updates), moments), None
 
         start, keys = jnp.full(10, 0.01), jax.random.split(jax.random.key(0), steps)

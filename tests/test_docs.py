@@ -57,8 +57,8 @@ def test_python_runs_as_printed(page, code, tmp_path, monkeypatch):
     """Each block alone: it makes all that it uses, so that they run in their order, too."""
     monkeypatch.chdir(tmp_path)
     if "runs/mine" in code:
-        task = identity.Config(size=5, steps=3, mesh="data:1")
-        identity.train_and_evaluate(task, tmp_path / "runs/mine")
+        task = sparse.Config(method="dense", hidden="2", steps=2, mesh="data:1")
+        sparse.train_and_evaluate(task, tmp_path / "runs/mine")
     with as_users_have_it():
         exec(compile(code, page, "exec"), {"__name__": "block"})
 
