@@ -1,7 +1,6 @@
 """Glimpses of one's own images: a coloured digit somewhere on a coloured canvas of noise.
 
-A network sees it in 12 x 12 pixels and says where to read 10 x 10; the baseline reads all of it
-in 10 x 10.
+A coarse look says where to read 10 x 10 pixels; the baseline reads the whole canvas in 10 x 10.
 
   python examples/glimpses.py
 """
@@ -38,9 +37,8 @@ def loss(model: Model, key: jax.Array, count: int = 128, test: bool = False) -> 
     which = jax.random.randint(which, (count,), 1400 * test, 1797 if test else 1400)
     where = jnp.pad(jax.random.randint(where, (count, 2), 0, 24 - 8), ((0, 0), (0, 1)))
     noise = jax.random.uniform(noise, (count, 24, 24, 3)) / 5
-    digits = (
-        DIGITS[which].reshape(-1, 8, 8, 1) * (1 + jax.random.uniform(hue, (count, 1, 1, 3))) / 32
-    )
+    digits = DIGITS[which].reshape(-1, 8, 8, 1) / 32
+    digits *= 1 + jax.random.uniform(hue, (count, 1, 1, 3))
     logits = model(jax.vmap(jax.lax.dynamic_update_slice)(noise, digits, where))
     return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS[which]).mean()
 
@@ -54,8 +52,9 @@ def main(steps: int = 2000) -> dict[str, float]:
         optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
         for key in jax.random.split(jax.random.key(1), steps):
             step(model, optimizer, key)
-        model = nnx.view(model, deterministic=True)
-        figures[name] = float(loss(model, jax.random.key(2), 1000, test=True))
+        figures[name] = float(
+            loss(nnx.view(model, deterministic=True), jax.random.key(2), 1000, True)
+        )
     return figures
 
 
