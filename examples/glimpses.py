@@ -36,26 +36,23 @@ def loss(model: Model, key: jax.Array, count: int = 128, test: bool = False) -> 
     which, where, hue, noise = jax.random.split(key, 4)
     which = jax.random.randint(which, (count,), 1400 * test, 1797 if test else 1400)
     where = jnp.pad(jax.random.randint(where, (count, 2), 0, 24 - 8), ((0, 0), (0, 1)))
-    noise = jax.random.uniform(noise, (count, 24, 24, 3)) / 5
-    digits = DIGITS[which].reshape(-1, 8, 8, 1) / 32
-    digits *= 1 + jax.random.uniform(hue, (count, 1, 1, 3))
-    logits = model(jax.vmap(jax.lax.dynamic_update_slice)(noise, digits, where))
+    noise = jax.random.uniform(noise, (count, 24, 24, 3), maxval=6)
+    digits = DIGITS[which].reshape(-1, 8, 8, 1) * (1 + jax.random.uniform(hue, (count, 1, 1, 3)))
+    logits = model(jax.vmap(jax.lax.dynamic_update_slice)(noise, digits, where) / 32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS[which]).mean()
 
 
 def main(steps: int = 2000) -> dict[str, float]:
     """Trains with a glimpse and without, and returns the cross-entropies of digits held out."""
-    figures = {}
+    out = {}
     step = nnx.jit(lambda model, adam, key: adam.update(model, nnx.grad(loss)(model, key)))
     for name in ("glimpse", "baseline"):
         model = Model(glimpse=name == "glimpse", rngs=nnx.Rngs(0))
         optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
         for key in jax.random.split(jax.random.key(1), steps):
             step(model, optimizer, key)
-        figures[name] = float(
-            loss(nnx.view(model, deterministic=True), jax.random.key(2), 1000, True)
-        )
-    return figures
+        out[name] = float(loss(nnx.view(model, deterministic=True), jax.random.key(2), 1000, True))
+    return out
 
 
 if __name__ == "__main__":
