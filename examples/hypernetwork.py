@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hyperlayer_jax.nn import HyperLayer, MLPTuples
+from hyperlayer_jax.nn import HyperLayer, MLPTuples, Sampler
 
 SIZE, CUT = 32, 5
 
@@ -40,7 +40,7 @@ def train(model: nnx.Module, steps: int, sigmas=lambda model, x: 0.0) -> float:
     for key in jax.random.split(jax.random.key(1), steps):
         step(model, optimizer, key)
     model = nnx.view(model, deterministic=True, raise_if_not_found=False)
-    return float(loss(model, *example(jax.random.key(2)), 0))
+    return round(float(loss(model, *example(jax.random.key(2)), 0)), 4)
 
 
 def main(steps: int = 1500) -> dict[str, float]:
@@ -48,13 +48,13 @@ def main(steps: int = 1500) -> dict[str, float]:
     rngs = nnx.Rngs(0)
     tuples = MLPTuples((2, SIZE), (CUT,), 1, (SIZE,), values=1.0, sigma_scale=0.2, rngs=rngs)
     template = jnp.zeros((CUT, 3), int).at[:, 0].set(jnp.arange(CUT))  # output, channel, place
-    layer = HyperLayer(tuples, (2, SIZE), CUT, template=template, columns=(2,), rngs=rngs)
+    options = {"sampler": Sampler(num_global=4, evaluation="round", rngs=rngs), "rngs": rngs}
+    layer = HyperLayer(tuples, (2, SIZE), CUT, template=template, columns=(2,), **options)
     error = train(layer, steps, lambda layer, x: layer.hypernetwork(x).sigmas.mean())
     dense = [nnx.Linear(2 * SIZE, 80, rngs=rngs), nnx.relu, nnx.Linear(80, CUT, rngs=rngs)]
     baseline = train(nnx.Sequential(lambda x: x.reshape(64, -1), *dense), steps)
-    print(f"error on new signals: {error:.4f}; of a dense network: {baseline:.4f}")
-    return {"hypernetwork": error, "dense": baseline}
+    return {"hypernetwork": error, "dense network": baseline}
 
 
 if __name__ == "__main__":
-    main()
+    print("errors on new signals:", main())
