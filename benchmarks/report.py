@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from absl import flags
+from absl import app, flags
 
 from benchmarks import command
 from benchmarks.timing import OutOfTimeError, bytes_per_second, end_after, only_try
@@ -110,6 +110,8 @@ def _report(
                 failures += isinstance(item, dict) and _failed(item)
         except OutOfTimeError:
             keep(part, f"{part}: out of time after {budget:.0f} s")
+        except app.UsageError:
+            raise
         except Exception as error:
             traceback.print_exc()
             keep(part, f"{part}: failed with {type(error).__name__}: {str(error)[:300]}")

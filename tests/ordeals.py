@@ -3,6 +3,7 @@
 
 python tests/ordeals.py kills train.identity --size=8 --steps=20000
 python tests/ordeals.py damage
+python tests/ordeals.py cost
 python tests/ordeals.py lines
 python tests/ordeals.py lines benchmarks.run train.sort
 """
@@ -14,6 +15,7 @@ import pathlib
 import random
 import runpy
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -123,6 +125,44 @@ def damage(folder):
     return wrong == 0
 
 
+# What models are made from, beside the default config.
+INPUTS = {
+    "train.sort": (64,), "train.sparse": (64,), "train.identity": (), "train.glimpse": (1,),
+    "train.transformer_config": (),
+}  # fmt: skip
+EVERY, SHARE = 30, 0.02
+
+
+def cost(folder):
+    """The processor time of a checkpoint of every default run, as a share of half a minute."""
+    import importlib  # noqa: PLC0415
+
+    import jax  # noqa: PLC0415
+    from flax import nnx  # noqa: PLC0415
+
+    from train.checkpoints import Checkpoints  # noqa: PLC0415
+
+    logging.set_verbosity(logging.ERROR)
+    most = 0
+    for name, inputs in INPUTS.items():
+        task = importlib.import_module(name)
+        params = nnx.state(task.make_model(task.Config(), *inputs), nnx.Param)
+        # With two moments of each, and a mean.
+        state = dict.fromkeys(("params", "mu", "nu", "average"), params)
+        seconds = []
+        with contextlib.closing(Checkpoints(folder / name)) as saved:
+            for step in range(1, 6):
+                began = time.process_time()
+                saved.save(step, state, {})
+                saved.wait()
+                seconds.append(time.process_time() - began)
+        share = statistics.median(seconds) / EVERY
+        most = max(most, share)
+        count = sum(x.size for x in jax.tree.leaves(params))
+        print(f"{name}: {count} parameters, {share:.2%} of {EVERY} s for a checkpoint", flush=True)
+    return most < SHARE
+
+
 WORDS = {
     "train.sort": (
         "--dataset=cifar", "--dataset=digits --data_dir=.", "--dataset=mnist --data_dir=nowhere",
@@ -153,7 +193,7 @@ WORDS = {
         "--canvas=2000 --batch_size=100000 --coarseness=1",
     ),
     "train.transformer": (
-        "--num_local=0 --region=3", "--layers=wd --implementation=cpu", "--mesh=seq:3",
+        "--num_local=0 --region=3", "--layers=dd --implementation=cpu", "--mesh=seq:3",
         "--task=speech", "--corpus=/nowhere", "--corpus=nowhere.txt", "--corpus=", "--corpus=a/b.gz",
         "--corpus=~nobody-has-this-name", "--layers=x", "--layers=", "--positions=x", "--offset=3",
         "--task=offset --offset=300 --length=200", "--task=offset --corpus=stdlib2",
@@ -175,6 +215,11 @@ WORDS = {
     "benchmarks.device": (
         "", "provee", "prove measure", "prove --only=x", "prove --budget_s=0", "prove --scale=x",
         "prove", "prove --out=/dev/null/x", "prove --budget_s=nan --out=/proc/x",
+    ),
+    "benchmarks.scale": (
+        "--topology=v5e", "--topology=", "--mesh=data:3", "--mesh=data:2,seq:3", "--mesh=x",
+        "--length=0", "--features=0", "--layers=x", "--batch_size=0", "--largest=depth",
+        "--out=nowhere/x", "word",
     ),
     "benchmarks.known": ("--beds=x", "--beds=", "--seeds=0", "--inputs=3", "--outputs=0", "word"),
     "benchmarks.densities": (
@@ -222,7 +267,7 @@ def run_forked(name, arguments, folder):
         os._exit(status or 0)
     began = time.time()
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-        if time.time() - began > 60:
+        if time.time() - began > 180:
             os.kill(child, 9)
         time.sleep(0.02)
     left = [path.name for path in here.iterdir()]
@@ -249,7 +294,7 @@ def lines(folder, *names):
 
 def main():
     what, *arguments = sys.argv[1:] or ["help"]
-    if what not in ("kills", "damage", "lines"):
+    if what not in ("kills", "damage", "cost", "lines"):
         sys.exit(__doc__)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     with tempfile.TemporaryDirectory() as folder:

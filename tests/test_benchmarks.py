@@ -160,6 +160,22 @@ def test_bad_lines_are_one_line_and_leave_nothing():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_what_chips_send_one_another_is_read_off_the_program():
+    scale = pytest.importorskip("benchmarks.scale", reason="launchers need the extra train")
+    program = """
+  %k = bf16[4,1024,4,64]{3,1,2,0:T(8,128)} all-gather(%a), channel_id=1, dimensions={1}
+  %s = (f32[2,8]{1,0}, f32[16]{0}) all-reduce(%b, %c), to_apply=%sum
+  %p = (f32[4,64]{1,0}, f32[4,64]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%d)
+  %q = f32[4,64]{1,0} collective-permute-done(%p)
+  %g = (f32[256]{0}, f32[1024]{0}) all-gather-start(%e), dimensions={0}
+"""
+    assert scale.communication(program) == {
+        "all_gathers": [2, round(2 + 4096 / 2**20, 2)],
+        "all_reduces": [1, 0.0],
+        "collective_permutes": [1, 0.0],
+    }
+
+
 def test_a_part_out_of_time_begins_no_case(tmp_path, monkeypatch):
     """What it has begun it ends, with a row for each rival."""
     x = jnp.ones(2)

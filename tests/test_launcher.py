@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import typing
 
 import jax
 import numpy as np
@@ -341,3 +342,42 @@ def test_default_workdirs_are_new(monkeypatch, tmp_path):
 def test_config_checks_itself_without_flags():
     with pytest.raises(ValueError, match="--steps must be at least 1, got 0"):
         Config(steps=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived(Config):
+    """With defaults that other flags decide, and flags that others make useless."""
+
+    kernels_only: typing.ClassVar = {"kind": ["sparse"]}
+
+    kind: str = launcher.flag("sparse", "Kind.")
+    width: int = launcher.flag(lambda config: 2 * config.steps, "Twice --steps.", minimum=1)
+    num_local: int = launcher.flag(2, "Points.", minimum=0)
+    region: int = launcher.flag(8, "Near.", minimum=1, only={"num_local": bool})
+
+
+def test_a_default_may_be_made_of_other_flags(monkeypatch, capsys):
+    assert Derived(steps=3).width == 6 and Derived(steps=3, width=5).width == 5
+    assert dataclasses.asdict(Derived(steps=3))["width"] == 6
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["task", "--steps=4", "--num_local=0"])
+    launcher.launch(Derived, lambda config, workdir: seen.append(config) or {})
+    assert seen == [Derived(steps=4, num_local=0, width=8)]
+    monkeypatch.setattr(sys, "argv", ["task", "--width=0"])
+    with pytest.raises(SystemExit):
+        launcher.launch(Derived, lambda config, workdir: {})
+    assert "width" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_local": 0, "region": 3}, "--region has no effect with --num_local=0"),
+        ({"kind": "dense", "implementation": "cpu"}, "--implementation has no effect with --kind"),
+        ({"mesh": "seq:2"}, "--mesh: there are no sequences to divide"),
+        ({"mesh": "data:2,data:2"}, "each axis once"),
+    ],
+)
+def test_flags_without_effect_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Derived(**values)

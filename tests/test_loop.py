@@ -124,8 +124,14 @@ def test_lines_wait_for_a_model_that_is_settled(tmp_path):
     assert seen == [0, 75, 150]
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints", read_only=True)) as saved:
         assert 50 not in saved.steps() and saved.steps()[0] == 150
+
+
+def test_what_cannot_begin_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="steps: got 0, want at least 1"):
         fit(tmp_path / "none", steps=0)
+    with pytest.raises(FlagError, match=r"--mode=eval: .*none is not the folder of a run"):
+        fit(tmp_path / "none", config=Config(mode="eval"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_evaluation_sees_the_model_of_its_step(tmp_path):

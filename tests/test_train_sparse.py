@@ -96,3 +96,11 @@ def test_masks_keep_their_number_and_what_comes_starts_at_0(method):
 def test_a_wrong_value_names_its_flag(options, flag):
     with pytest.raises(ValueError, match=flag):
         sparse.Config(**options)
+
+
+def test_no_line_falls_in_a_look():
+    config = sparse.Config(every=100, steps=400)
+    assert [step for step in range(401) if not sparse.is_settled(config, step)] == [50, 150, 250]
+    assert sparse.is_settled(sparse.Config(every=100, steps=400, method="rigl"), 50)
+    with pytest.raises(ValueError, match="--every must be at least 2 with --method=learned"):
+        sparse.Config(every=1)

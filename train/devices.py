@@ -130,6 +130,15 @@ def shard_sequences(tree: Any) -> Any:
     return _constrain(tree, "data", "seq")
 
 
+def gather_sequences(tree: Any) -> Any:
+    """Undoes `shard_sequences` of what was divided: the second axis is whole everywhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["seq"] == 1:
+        return tree
+    # Divided it is computed, before it is gathered.
+    return jax.lax.with_sharding_constraint(shard_sequences(tree), PartitionSpec("data"))
+
+
 def _constrain(tree, *axes):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape[axis] for axis in axes) == 1:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from hyperlayer_jax import IndexTuples
 from hyperlayer_jax.nn import Sampler, SparseLinear, jumps
-from train import devices, figures, launcher, loop, runs
+from train import devices, evaluation, figures, launcher, loop, runs
 
 _BATCH = 64
 _TEST_EXAMPLES = 1000
@@ -50,7 +50,9 @@ class Config(launcher.Config):
     num_local: int = launcher.flag(
         4, "Points per tuple drawn near its mean.", minimum=0, below=2**16
     )
-    region: int = launcher.flag(8, "Rows and columns that count as near.", minimum=1)
+    region: int = launcher.flag(
+        8, "Rows and columns that count as near.", minimum=1, only={"num_local": bool}
+    )
     min_sigma: float = launcher.flag(0.05, "Smallest standard deviation, in cells.", minimum=0.0)
 
 
@@ -119,10 +121,6 @@ def draw_history(history: dict[int, IndexTuples], size: int, workdir: pathlib.Pa
     def draw(step):
         draw_tuples(axes, history[step], size, f"step {step}")
 
-    # All frames have one layout: to find it anew would take as long as drawing them.
-    draw(steps[0])
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
     figures.save_gif(figure, draw, steps, workdir / "tuples.gif")
 
 
@@ -131,13 +129,13 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     size = config.size
     devices.check_fits("the test examples", 16 * _TEST_EXAMPLES * size)
 
-    def loss_fn(model, key, step, data):
-        del step, data
+    def loss_fn(model, key, data):
+        del data
         x = devices.shard(jax.random.normal(key, (_BATCH, size)))
         sigma = jnp.mean(model.tuples().sigmas) / size
         return jnp.mean((model(x) - x) ** 2) + config.sigma_penalty * sigma, {}
 
-    free_tuples = nnx.jit(lambda model: model.tuples())
+    free_tuples = evaluation.compiled(lambda model: model.tuples())
 
     def evaluate(model, step):
         del step
@@ -169,7 +167,6 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     )
     mse = float(test_error(trained.model, size))
     print(f"mean squared error with rounded means: {mse:.4g}")
-    print(f"pictures: {workdir / 'tuples.png'}, {workdir / 'tuples.gif'}")
     history = {
         step: IndexTuples(results["means"], results["sigmas"], results["values"])
         for step, results in trained.history.items()

@@ -30,12 +30,6 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     size = sum(len(part) for part in corpus[:3])
     print(f"{config.corpus}: {size} bytes, sha256 {corpus.sha256}", flush=True)
 
-    def loss_fn(model, key, fit):
-        starts = jax.random.randint(key, (config.batch_size,), 0, len(fit) - config.length)
-        within = jnp.arange(config.length + 1, dtype=jnp.int32)
-        loss = token_losses(model, fit[starts[:, None] + within[None]]).mean()
-        return loss, {"bits_per_byte": loss / math.log(2)}
-
     def draw_layers(model, step):
         tokens = validation[0, :-1].astype(np.int32)
         save_patterns(model, tokens, workdir / f"attention-{step}.png")
@@ -48,7 +42,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     trained = loop.train(
         loop.build(make_model, config),
         make_optimizer(config),
-        loss_fn,
+        functools.partial(loss_fn, config),
         corpus.train,
         config=config,
         key=jax.random.key(config.seed),
@@ -84,6 +78,14 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip), optax.adamw(schedule, weight_decay=_WEIGHT_DECAY)
     )
+
+
+def loss_fn(config: Config, model: TransformerLM, key: jax.Array, fit: jax.Array):
+    """The mean loss on windows of the text `fit`, uint8 [n], that are drawn."""
+    starts = jax.random.randint(key, (config.batch_size,), 0, len(fit) - config.length)
+    within = jnp.arange(config.length + 1, dtype=jnp.int32)
+    loss = token_losses(model, fit[starts[:, None] + within[None]]).mean()
+    return loss, {"bits_per_byte": loss / math.log(2)}
 
 
 def token_losses(model: TransformerLM, tokens: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from train import devices, runs
 from train.checkpoints import CheckpointError, Checkpoints, is_key, save_tree
 from train.config import Config, FlagError
+from train.pacing import Pacemaker, next_multiple, traces
 from train.process import Interrupted, deferred_signals
 from train.updates import LossFn, Scalars, State, Updates, checked, compiled, make_updates
 
@@ -115,8 +116,6 @@ def train(
         when. The state before is saved.
       Interrupted: a signal; says how far it came.
     """
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}, want at least 1")
     run = _Run(
         *nnx.split(model, nnx.Param, ...),
         optimizer=optimizer,
@@ -159,18 +158,18 @@ def train(
         if is_new and evaluate is not None:
             write(0, run.assess(bar))
         intervals = [log_every] if evaluate is None else [log_every, evaluate_every]
-        pacemaker = _Pacemaker(config, run.step)
-        tracing = _traces(config, workdir)
+        pacemaker = Pacemaker(config, run.step)
+        tracing = traces(config, workdir)
         while run.step < steps and not devices.agree(bool(signals)):
             begin = run.step
-            stop = min(steps, *(_next_multiple(begin, interval) for interval in intervals))
+            stop = min(steps, *(next_multiple(begin, interval) for interval in intervals))
             while stop < steps and not settled(stop):
                 stop += 1
             bar.update(stop - begin)
             with next(tracing):
                 row = run.advance(stop, saved)
             bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
-            is_due = stop == steps or stop >= _next_multiple(begin, evaluate_every)
+            is_due = stop == steps or stop >= next_multiple(begin, evaluate_every)
             if evaluate is not None and is_due:
                 row |= run.assess(bar)
             write(stop, row)
@@ -209,6 +208,10 @@ class _Run:
     best: Callable[[Scalars], float] | None
 
     def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps: got {self.steps}, want at least 1")
+        if self.config.mode == "eval" and not runs.is_run(self.workdir):
+            raise FlagError(f"--mode=eval: {self.workdir} is not the folder of a run")
         self.data, self.key = devices.replicate(self.mesh, (self.data, self.key))
         self.state = self.initial()
         self.template = jax.tree.map(_outline, self.state)
@@ -337,23 +340,6 @@ class _Run:
         return self.info | {"compile_seconds": seconds}
 
 
-class _Pacemaker:
-    """Says when to save."""
-
-    def __init__(self, config: Config, step: int):
-        self._steps, self._seconds = config.checkpoint_interval()
-        self._last = step, time.monotonic()
-
-    def is_due(self, step: int, is_best: bool) -> bool:
-        """Whether a checkpoint is to be saved at a step, and with it the next wait begins."""
-        last_step, last_time = self._last
-        late = devices.agree(time.monotonic() - last_time >= self._seconds)
-        due = is_best or late or step - last_step >= self._steps
-        if due:
-            self._last = step, time.monotonic()
-        return due
-
-
 def _save_params(workdir: pathlib.Path, model: nnx.Module) -> None:
     """Saves all of a model's state but its random streams, whole or not at all."""
     state = nnx.state(model, nnx.Not(nnx.RngState))
@@ -372,19 +358,6 @@ def _copy(tree):
 def _outline(x):
     """What `Checkpoints.restore` has to know of an array."""
     return jnp.copy(x) if is_key(x) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _next_multiple(step: int, interval: int) -> int:
-    return (step // interval + 1) * interval
-
-
-def _traces(config: Config, workdir: pathlib.Path) -> Iterator[contextlib.AbstractContextManager]:
-    """For each line of metrics, what surrounds its steps: those of the second are traced."""
-    yield contextlib.nullcontext()
-    if config.profile:
-        yield jax.profiler.trace(str(workdir / "profile"), create_perfetto_trace=True)
-    while True:
-        yield contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -11,9 +11,8 @@ about a minute on two CPU cores, on digits that come with scikit-learn:
 """
 
 import dataclasses
-import functools
 import pathlib
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +23,20 @@ from matplotlib.figure import Figure
 
 from hyperlayer_jax import SoftSort, bucket_starts, contract, kernels, transpose
 from hyperlayer_jax.nn import SoftQuicksort
-from train import augment, data, devices, figures, launcher, loop, runs
+from train import augment, data, devices, evaluation, figures, launcher, loop, runs, updates
 
 _ITEMS_PER_BATCH = 256
 _TEST_SETS = 10_000
 _VALIDATION_SETS = 2_000
 _MAX_DIGITS = 9
+_IMAGES_AT_ONCE = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(launcher.Config):
     """What to sort and how to learn it."""
+
+    kernels_only: ClassVar[dict[str, Any]] = {"loss": ("separate",)}
 
     size: int = launcher.flag(8, "Numbers in a set.", minimum=1, below=2**16)
     digits: int = launcher.flag(1, "Digits in a number, side by side.", minimum=1)
@@ -65,8 +67,8 @@ class Config(launcher.Config):
         "random splits of whole buckets, as in the paper.",
     )
     steps: int = launcher.flag(6000, "Number of updates.", minimum=1)
-    batch_size: int | None = launcher.flag(
-        None,
+    batch_size: int = launcher.flag(
+        lambda config: max(1, _ITEMS_PER_BATCH // max(1, config.size)),
         f"Sets per update; by default those of {_ITEMS_PER_BATCH} numbers.",
         minimum=1,
         below=2**20,
@@ -168,15 +170,10 @@ def sort_loss(
     return sum(losses) / levels
 
 
-def num_sets(config: Config) -> int:
-    """Sets in an update."""
-    return config.batch_size or max(1, _ITEMS_PER_BATCH // config.size)
-
-
 def draw_sets(key: jax.Array, split: data.Split, config: Config) -> tuple[jax.Array, jax.Array]:
     """Draws sets of numbers: images [b, s, digits, h, w, c] and the numbers int32 [b, s]."""
     chosen = jax.random.randint(
-        key, (num_sets(config), config.size, config.digits), 0, len(split.labels)
+        key, (config.batch_size, config.size, config.digits), 0, len(split.labels)
     )
     return split.images[chosen], to_numbers(split.labels[chosen])
 
@@ -199,22 +196,16 @@ def fixed_sets(split: data.Split, config: Config, count: int) -> np.ndarray:
     return np.reshape(chosen, (count, config.size, config.digits))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _compiled(graphdef, state, *arguments):
-    return nnx.merge(graphdef, state, copy=True)(*arguments)
-
-
-def _call(model, *arguments):
-    """A module's call, compiled as a whole."""
-    return _compiled(*nnx.split(model), *arguments)
+# A module's call, compiled as a whole.
+_call = evaluation.compiled(lambda model, *arguments: model(*arguments))
 
 
 def evaluate(model: Sorter, split: data.Split, chosen: np.ndarray) -> dict[str, float]:
     """How often sets `chosen` [n, s, digits] are sorted right; equal numbers in any order."""
-    scorer = nnx.view(model.scorer, deterministic=True)
+    scorer = evaluation.deterministic(model.scorer)
     images = split.images.reshape(len(split.labels), -1)
-    parts = np.array_split(chosen, -(-chosen.size // 20_000))
-    scores = np.concatenate([_call(scorer, images[part]) for part in parts])
+    at_once = max(1, _IMAGES_AT_ONCE // chosen[0].size)
+    scores = evaluation.in_parts(lambda part: _call(scorer, images[part]), chosen, at_once=at_once)
     numbers = to_numbers(split.labels[chosen])
     order = np.argsort(scores, axis=-1, kind="stable")
     right = np.take_along_axis(numbers, order, axis=-1) == np.sort(numbers, axis=-1)
@@ -225,7 +216,7 @@ def draw_picture(model: Sorter, split: data.Split, chosen: np.ndarray) -> Figure
     """Shows how sets `chosen` [n, s, digits] are sorted: four rows each, wrong items in red."""
     images, numbers = split.images[chosen], to_numbers(split.labels[chosen])
     soft = _call(model, images, images).items[-1]
-    hard = _call(nnx.view(model, deterministic=True), images, images)
+    hard = _call(evaluation.deterministic(model), images, images)
     order = np.argsort(numbers, axis=-1, kind="stable")
     target = np.take_along_axis(images, order[..., None, None, None, None], axis=1)
     scores = hard.scores[0]
@@ -262,8 +253,7 @@ def train(
     """Trains a sorter; returns it, and the figures of the run and of its last validation."""
     validation_sets = fixed_sets(dataset.validation, config, _VALIDATION_SETS)
 
-    def loss_fn(model, key, step, split):
-        del step
+    def loss_fn(model, key, split):
         draw_key, augment_key = jax.random.split(key)
         images, numbers = devices.shard(draw_sets(draw_key, split, config))
         seen = images
@@ -282,9 +272,7 @@ def train(
         result = evaluate(model, dataset.validation, validation_sets)
         return {f"validation_{name}": figure for name, figure in result.items()}
 
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, min(200, config.steps // 10), config.steps
-    )
+    schedule = updates.warmup_cosine(config.learning_rate, config.steps, warmup=200)
     trained = loop.train(
         model,
         optax.adamw(schedule),
@@ -295,7 +283,7 @@ def train(
         steps=config.steps,
         workdir=workdir,
         inputs=(dataset.train.images[0].size,),
-        batch_size=num_sets(config),
+        batch_size=config.batch_size,
         average=0.999,
         evaluate=evaluate_validation,
         evaluate_every=1000,
@@ -316,7 +304,6 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     print(f"{len(test_sets)} sets of {config.size} numbers, of test images:")
     print(f"  exact match   {result['exact_match']:.4f}")
     print(f"  element-wise  {result['element_wise']:.4f}")
-    print(f"  picture       {picture}")
     return runs.report(
         workdir,
         {**result, **run, "test_examples": len(test_sets)},

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import pathlib
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from hyperlayer_jax import todense
 from hyperlayer_jax.nn import SparseLinear, jumps
-from train import data, devices, figures, launcher, loop, masks, runs
+from train import data, devices, evaluation, figures, launcher, loop, masks, runs
 
 _NUM_CLASSES = 10
 _NUM_EVALUATIONS = 10
@@ -37,6 +37,8 @@ _MOVING = ("learned", "set", "rigl")
 @dataclasses.dataclass(frozen=True)
 class Config(launcher.Config):
     """How few weights, and how to find them."""
+
+    kernels_only: ClassVar[dict[str, Any]] = {"method": ("learned", "random")}
 
     dataset: data.Name = launcher.flag("digits", "Images to classify; the digits need no download.")
     data_dir: str | None = launcher.flag(
@@ -77,6 +79,8 @@ class Config(launcher.Config):
         for name in ("density", "fraction", "until"):
             if getattr(self, name) > 1:
                 raise ValueError(f"--{name} must be at most 1, got {getattr(self, name)}")
+        if self.method == "learned" and self.every == 1:
+            raise ValueError("--every must be at least 2 with --method=learned, got 1")
         if not all(width.isdecimal() and int(width) for width in self.hidden.split(",")):
             raise ValueError(f"--hidden must be widths like 300,100, got {self.hidden!r}")
         if self.seed + self.seeds > 2**32:
@@ -97,7 +101,7 @@ class Classifier(nnx.Module):
     """
 
     def __init__(self, config: Config, num_pixels: int, *, rngs: nnx.Rngs):
-        self.layers, self.counts = nnx.List([]), []
+        self.layers, self.counts = nnx.List([]), ()
         for inputs, outputs in itertools.pairwise(config.widths(num_pixels)):
             dense = config.method in ("dense", "magnitude")
             each = inputs if dense else max(1, round(config.density * inputs))
@@ -109,7 +113,7 @@ class Classifier(nnx.Module):
                 implementation=config.implementation,
                 rngs=rngs,
             )
-            self.counts.append(max(1, round(config.density * inputs)) * outputs)
+            self.counts += (max(1, round(config.density * inputs)) * outputs,)
             if config.method not in ("learned", "random"):
                 kernel = weights(layer)
                 layer = nnx.Linear(inputs, outputs, rngs=rngs)
@@ -140,11 +144,7 @@ def weights(layer: SparseLinear | nnx.Linear) -> jax.Array:
 def make_optimizer(config: Config, model: Classifier) -> optax.GradientTransformation:
     """Adam, and who decides which weights exist."""
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
-    options = {
-        "every": config.every,
-        "fraction": config.fraction,
-        "until": max(1, int(config.until * config.steps)),
-    }
+    options = {"every": config.every, "fraction": config.fraction, "until": last_change(config)}
     key = jax.random.key(config.seed)
     match config.method:
         case "learned":
@@ -157,7 +157,18 @@ def make_optimizer(config: Config, model: Classifier) -> optax.GradientTransform
             return masks.masked(key, optimizer, method, counts, **options)
 
 
-@nnx.jit
+def last_change(config: Config) -> int:
+    """The step after which no weights come or go."""
+    return max(1, int(config.until * config.steps))
+
+
+def is_settled(config: Config, step: int) -> bool:
+    """Whether all weights that exist have their values after a step: not in a look of `jumps`."""
+    looks = step % config.every == config.every // 2 and step < last_change(config)
+    return config.method != "learned" or not looks
+
+
+@evaluation.compiled
 def accuracy(model: Classifier, images: jax.Array, labels: jax.Array) -> jax.Array:
     """The part of the images that a model tells right."""
     return (model(images).argmax(-1) == labels).mean()
@@ -170,8 +181,7 @@ def train(
     num_pixels = dataset.train.images[0].size
     model = loop.build(make_model, config, num_pixels)
 
-    def loss_fn(model, key, step, split):
-        del step
+    def loss_fn(model, key, split):
         batch = jax.random.randint(key, (config.batch_size,), 0, len(split.labels))
         images, labels = devices.shard((split.images[batch], split.labels[batch]))
         logits = model(images)
@@ -179,7 +189,7 @@ def train(
 
     def evaluate(model, step):
         del step
-        model = nnx.view(model, deterministic=True, raise_if_not_found=False)
+        model = evaluation.deterministic(model)
         return {"validation_accuracy": float(accuracy(model, *dataset.validation))}
 
     trained = loop.train(
@@ -196,8 +206,9 @@ def train(
         evaluate=evaluate,
         evaluate_every=max(1, config.steps // _NUM_EVALUATIONS),
         best=lambda validation: validation["validation_accuracy"],
+        settled=functools.partial(is_settled, config),
     )
-    model = nnx.view(trained.model, deterministic=True, raise_if_not_found=False)
+    model = evaluation.deterministic(trained.model)
     matrices = [np.asarray(weights(layer)) for layer in model.layers]
     density = sum(map(np.count_nonzero, matrices)) / sum(matrix.size for matrix in matrices)
     result = {"accuracy": float(accuracy(model, *dataset.test)), "density": float(density)}
@@ -234,7 +245,6 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         result["accuracies"] = [result["accuracy"]]
         runs.report(folder, result, functools.partial(draw_weights, own, dataset, folder))
         results.append(result)
-    print(f"picture: {workdir / 'weights.png'}")
     # What is not known before the first step has no mean.
     means = {
         name: float(np.mean([result[name] for result in results]))

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from hyperlayer_jax.nn import Sampler, SparseSelfAttention, TransformerLM
+from hyperlayer_jax.nn import Sampler, TransformerLM
 from hyperlayer_jax.nn.pattern import Pattern
 from hyperlayer_jax.nn.patterns import PATTERNS
 from train import launcher, text
+from train.sequences import DividedAttention
 
 # What each task begins with.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -105,7 +106,10 @@ class Config(launcher.Config):
         2, "Points per position drawn near it.", minimum=0, below=2**16, only=_with("num_tuples")
     )
     region: int = launcher.flag(
-        8, "Positions that count as near.", minimum=1, only=_with("num_tuples")
+        8,
+        "Positions that count as near.",
+        minimum=1,
+        only=_with("num_tuples") | {"num_local": bool},
     )
     window: int = launcher.flag(8, "Tokens that a window sees.", minimum=1, only=_with("window"))
     stride: int = launcher.flag(
@@ -136,6 +140,11 @@ class Config(launcher.Config):
             raise ValueError(
                 f"--num_tuples must be at most --length={self.length}, got {self.num_tuples}"
             )
+        parts = (self.mesh_shape() or {}).get("seq", 1)
+        if self.length % parts:
+            raise ValueError(
+                f"--length must be divided by seq:{parts} of --mesh, got {self.length}"
+            )
         if self.task == "offset" and self.offset >= self.length:
             raise ValueError(f"--offset must be below --length={self.length}, got {self.offset}")
         try:
@@ -162,10 +171,10 @@ def make_model(config: Config) -> TransformerLM:
 
 def _attention(
     config: Config, *sizes: int, pattern: Pattern, rngs: nnx.Rngs, **options: Any
-) -> SparseSelfAttention:
+) -> DividedAttention:
     """The attention of one layer: flags that are options of its pattern reach this."""
     own = {field.name for field in dataclasses.fields(pattern)} & set(vars(config))
-    return SparseSelfAttention(
+    return DividedAttention(
         *sizes,
         pattern=dataclasses.replace(pattern, **{name: getattr(config, name) for name in own}),
         sampler=Sampler(
