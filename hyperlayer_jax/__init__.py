@@ -21,6 +21,8 @@ from hyperlayer_jax.tensors import contract, sparse_softmax, todense, transpose
 from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
 
+__version__ = "0.2.0"
+
 __all__ = [
     "IndexTuples",
     "RowSparseTensor",
