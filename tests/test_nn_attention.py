@@ -12,29 +12,49 @@ from flax import nnx
 from laws import FLOATS, assert_close, assert_equal
 
 import hyperlayer_jax as hl
-from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM, generate
-from hyperlayer_jax.nn.attention import Pattern, rotate
-from hyperlayer_jax.nn.positions import FreePositions, shorten_steps
+from hyperlayer_jax.nn import Sampler, SparseSelfAttention, TransformerLM, generate, shorten_steps
+from hyperlayer_jax.nn.patterns import (
+    PATTERNS,
+    Block,
+    Dense,
+    Learned2D,
+    Sampled,
+    Static,
+    Strided,
+    Window,
+)
+from hyperlayer_jax.nn.positions import DistanceParam, FreePositions, PositionParam
+from hyperlayer_jax.nn.rotary import rotate
 
 B, T, E, N, K, LENGTH = 2, 10, 16, 4, 2, 12
-KINDS = typing.get_args(Pattern)
-SIZES = {
-    "num_tuples": 2, "num_global": 1, "num_local": 1, "region": 3,
-    "window": 3, "stride": 3, "block": 4, "num_kv_heads": K,
-}  # fmt: skip
+KINDS = tuple(PATTERNS)
+SAMPLER = {"num_global": 1, "num_local": 1, "region": 3}
+OWN = {"window": {"window": 3}, "strided": {"stride": 3}, "block": {"block": 4}}
+
+
+def attention(*sizes, pattern, rngs, own=None, sampler=None, **options):
+    """A layer of small sizes: `own` are options of its pattern, `sampler` those of its sampler."""
+    make, own = PATTERNS[pattern], OWN.get(pattern, {}) | (own or {})
+    drawn = issubclass(make, Sampled)
+    return SparseSelfAttention(
+        *sizes,
+        pattern=functools.partial(make, **({"num_tuples": 2} if drawn else {}) | own),
+        sampler=Sampler(**SAMPLER | (sampler or {}), rngs=rngs) if drawn else None,
+        rngs=rngs,
+        **{"num_kv_heads": K} | options,
+    )
 
 
 def build(kind, **options):
-    layer = SparseSelfAttention(
-        E, N, LENGTH, pattern=kind, **(SIZES | options), rngs=nnx.Rngs(0, sample=1)
-    )
-    if hasattr(layer.positions, "out"):
+    layer = attention(E, N, LENGTH, pattern=kind, **options, rngs=nnx.Rngs(0, sample=1))
+    positions = getattr(layer.kind, "positions", None)
+    if hasattr(positions, "out_proj"):
         # As if trained: positions that depend on the token.
-        shape = layer.positions.out.kernel.shape
-        layer.positions.out.kernel[...] = 3 * jax.random.normal(jax.random.key(5), shape)
+        kernel = positions.out_proj.kernel
+        kernel[...] = 3 * jax.random.normal(jax.random.key(5), kernel.shape)
     elif kind == "learned2d":
         # Rows start on integers, but for rounding, which compilers may do differently.
-        layer.positions.means[...] += 0.02
+        positions.means[...] += 0.02
     return layer
 
 
@@ -48,22 +68,23 @@ pattern_of = nnx.jit(lambda layer, x, mask=None: layer.pattern(x, mask=mask))
 
 def entries_of(layer, pattern, b, n):
     """Every (row, column, weight) of one example and head of a layer's pattern."""
-    if layer.kind == "dense":
+    kind = layer.kind
+    if isinstance(kind, Dense):
         return [(i, j, 1.0) for i in range(T) for j in range(T) if j <= i or not layer.causal]
     leading = pattern.values.shape[: -1 if isinstance(pattern, hl.SparseTensor) else -2]
     at = (b, n)[: len(leading)]
     indices, weights = np.asarray(pattern.indices)[at], np.asarray(pattern.values)[at]
-    if layer.kind == "learned2d":
+    if isinstance(kind, Learned2D):
         return [(i, j, w) for (i, j), w in zip(indices, weights, strict=True)]
     rows = [
         (i, j, w)
         for i, row in enumerate(zip(indices[..., 0], weights, strict=True))
         for j, w in zip(*row, strict=True)
     ]
-    if layer.kind == "strided":
-        own = [(i, i, 1.0) for i in range(T) if (i + 1) % layer.stride]
-        return own + [((i + 1) * layer.stride - 1, j, w) for i, j, w in rows]
-    size = layer.block if layer.kind == "block" else 1
+    if isinstance(kind, Strided):
+        own = [(i, i, 1.0) for i in range(T) if (i + 1) % kind.stride]
+        return own + [((i + 1) * kind.stride - 1, j, w) for i, j, w in rows]
+    size = kind.block if isinstance(kind, Block) else 1
     spread = [
         (i * size + di, j * size + dj, w)
         for i, j, w in rows
@@ -81,7 +102,7 @@ def test_a_layer_is_attention_over_its_pattern(kind, causal, masked):
     mask = jnp.ones((B, T), bool).at[0, 7:].set(False).at[1, :2].set(False) if masked else None
     out = call(layer, x, mask)
     pattern = pattern_of(layer, x, mask)
-    heads = np.split(np.asarray(layer.project(x)).reshape(B, T, N + 2 * K, -1), [N, N + K], axis=2)
+    heads = np.split(np.asarray(layer.qkv_proj(x)).reshape(B, T, N + 2 * K, -1), [N, N + K], axis=2)
     rows = jnp.arange(T, dtype=jnp.int32)
     query, key = (np.asarray(rotate(jnp.asarray(y), rows)) for y in heads[:2])
     attended = np.zeros((B, T, N, E // N))
@@ -96,7 +117,7 @@ def test_a_layer_is_attention_over_its_pattern(kind, causal, masked):
                 entries_of(layer, pattern, b, n),
                 seen,
             )
-    want = attended.reshape(B, T, E) @ np.asarray(layer.merge.kernel[...])
+    want = attended.reshape(B, T, E) @ np.asarray(layer.out_proj.kernel[...])
     if masked:
         want = np.where(np.asarray(mask)[..., None], want, 0)
     assert_close(out, want, rtol=1e-4, atol=1e-5)
@@ -118,7 +139,8 @@ def test_no_token_sees_a_later_one(kind, deterministic):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_gives_what_the_whole_sequence_gives(kind, shared):
-    layer = nnx.view(build(kind, shared=shared), deterministic=True)
+    own = {"shared": shared} if issubclass(PATTERNS[kind], Sampled) else {}
+    layer = nnx.view(build(kind, own=own), deterministic=True)
     x = tokens()
     extend = nnx.jit(lambda layer, x, cache: layer.extend(x, cache))
     out, cache = extend(layer, x[:, :5], layer.init_cache(B))
@@ -185,7 +207,7 @@ def test_tokens_that_do_not_exist_change_nothing(kind, causal):
 
 
 def test_blocks_without_tokens_have_no_share():
-    layer = nnx.view(build("block", causal=False, shared=True), deterministic=True)
+    layer = nnx.view(build("block", causal=False, own={"shared": True}), deterministic=True)
     mask = jnp.ones((B, T), bool).at[0, :4].set(False).at[1, 1:].set(False)
     pattern = pattern_of(layer, tokens(), mask)
     exists = np.array([[False, True, True], [True, False, False]])
@@ -216,14 +238,15 @@ def test_entries_that_are_free_are_the_same_for_any_number_of_tokens(causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_window_over_all_tokens_is_dense_attention(causal):
-    window, dense = (build(kind, window=2 * T, causal=causal) for kind in ("window", "dense"))
+    layers = (("window", {"window": 2 * T}), ("dense", {}))
+    window, dense = (build(kind, own=own, causal=causal) for kind, own in layers)
     assert_close(call(window, tokens()), call(dense, tokens()))
 
 
 @pytest.mark.parametrize("kind", ["learned", "static", "block"])
 def test_heads_have_patterns_of_their_own_or_share_one(kind):
     x = tokens()
-    layers = (build(kind, shared=shared) for shared in (False, True))
+    layers = (build(kind, own={"shared": shared}) for shared in (False, True))
     own, shared = (pattern_of(nnx.view(layer, deterministic=True), x) for layer in layers)
     assert own.indices.shape[:2] == (B, N)
     assert shared.indices.shape == (B, *own.indices.shape[2:])
@@ -232,9 +255,10 @@ def test_heads_have_patterns_of_their_own_or_share_one(kind):
 @pytest.mark.parametrize("sigma", [-1.0, 0.27])
 def test_a_tuple_is_as_wide_in_evaluation_as_in_training(sigma):
     """Given enough points, drawn or not, keys have the shares of a Gaussian cut off at borders."""
-    layer = build("static", causal=False, num_tuples=1, num_global=64, num_local=0)
-    raw = layer.positions.parameters[...]
-    layer.positions.parameters[...] = raw.at[..., 1].set(sigma)
+    sampler = {"num_global": 64, "num_local": 0}
+    layer = build("static", causal=False, own={"num_tuples": 1}, sampler=sampler)
+    parameters = layer.kind.positions.parameters
+    parameters[...] = parameters[...].at[..., 1].set(sigma)
     fixed = nnx.view(layer, deterministic=True)
     dense = nnx.jit(lambda layer, x: hl.todense(layer.pattern(x)))
     drawn, fixed = (np.asarray(dense(kind, tokens())) for kind in (layer, fixed))
@@ -246,18 +270,12 @@ def test_a_tuple_is_as_wide_in_evaluation_as_in_training(sigma):
 @pytest.mark.parametrize("kind", ["static", "learned"])
 @pytest.mark.parametrize("sigma", [-0.6, -0.3, 0.0, 1.0])
 def test_no_distance_and_no_sigma_moves_by_more_than_three_sigmas_a_unit(kind, sigma, causal):
-    layer, size = build(kind, causal=causal, min_sigma=0.01), 1e-3
-    free = layer.positions if kind == "static" else layer.positions.free
+    layer, size = build(kind, causal=causal, own={"min_sigma": 0.01}), 1e-3
+    free = layer.kind.positions if kind == "static" else layer.kind.positions.free
     free.parameters[...] = free.parameters[...].at[..., 1].set(sigma)
     params = nnx.state(layer, nnx.Param)
     updates = jax.tree.map(lambda x: jnp.full_like(x, size), params)
     short = shorten_steps(layer)(updates, params)
-    for got, want in zip(
-        jax.tree.leaves(shorten_steps(layer)(nnx.to_pure_dict(updates), nnx.to_pure_dict(params))),
-        jax.tree.leaves(short),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(got, want)
 
     rows = jnp.asarray([T // 2], jnp.int32)
     before = free.tuples(free.raw(), rows)
@@ -269,12 +287,27 @@ def test_no_distance_and_no_sigma_moves_by_more_than_three_sigmas_a_unit(kind, s
         if sigma == -0.6:
             np.testing.assert_array_less(2.9, moved)
 
-    for path, update in nnx.to_flat_state(short):
-        within = size * 0.1 if "positions" in path and kind == "learned" else size
-        if "parameters" in path:
+    for _, update in nnx.to_flat_state(short):
+        if isinstance(update, DistanceParam):
             assert (update[...] <= np.float32(size)).all()
         else:
-            np.testing.assert_allclose(update[...], within, rtol=1e-6)
+            part = 0.1 if isinstance(update, PositionParam) else 1
+            np.testing.assert_allclose(update[...], size * part, rtol=1e-6)
+
+
+def test_steps_are_shortened_in_any_tree_of_the_same_parameters():
+    layer = build("learned")
+    params = nnx.state(layer, nnx.Param)
+    shorten = shorten_steps(nnx.Sequential(layer))
+    want = shorten(params, params)
+    assert (np.asarray(want["kind"]["positions"]["place"][...]) != params["kind"]["positions"]["place"][...]).all()
+    for wrapped in (nnx.to_pure_dict(params), {"model": [params]}, jax.tree.leaves(params)):
+        got = shorten(wrapped, wrapped)
+        assert jax.tree.structure(got) == jax.tree.structure(wrapped)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert_equal(a, b)
+    with pytest.raises(ValueError, match="updates: "):
+        shorten(params["kind"], params["kind"])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -316,10 +349,13 @@ def test_logits_of_turned_vectors_depend_on_the_distance_alone():
         ({"num_kv_heads": 3}, "num_kv_heads"),
         ({"features": 15}, "num_heads"),
         ({"features": 12}, "rotary"),
-        ({"num_tuples": 0}, "num_tuples"),
-        ({"window": -1}, "window"),
+        ({"pattern": functools.partial(Learned2D, num_tuples=0)}, "num_tuples"),
+        ({"pattern": functools.partial(Window, window=-1)}, "window"),
+        ({"pattern": functools.partial(Strided, stride=0)}, "stride"),
+        ({"pattern": functools.partial(Block, block=0)}, "block"),
+        ({"pattern": functools.partial(Static, min_sigma=-1.0)}, "min_sigma"),
+        ({"pattern": "dense", "sampler": Sampler(rngs=nnx.Rngs(0))}, "sampler"),
         ({"num_kv_heads": 0}, "num_kv_heads"),
-        ({"min_sigma": -1.0}, "min_sigma"),
     ],
 )
 def test_a_wrong_option_is_named(options, message):
@@ -349,7 +385,7 @@ def language_model(layers, positions="rotary", dropout=0.1):
         LENGTH,
         layers=layers,
         positions=positions,
-        attention=functools.partial(SparseSelfAttention, **SIZES),
+        attention=attention,
         dropout=dropout,
         rngs=nnx.Rngs(0),
     )
