@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
+from benchmarks import command
 from train import figures, sparse
 
 
@@ -32,8 +33,10 @@ def run(method: str, density: float, seeds: int, others: list[str], out: pathlib
     if method != "dense":
         command.append(f"--density={density:g}")
     child = subprocess.run(
-        [sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, *command], stdout=subprocess.PIPE, text=True, check=False
     )
+    if child.returncode:
+        sys.exit(child.returncode)  # It has said why.
     result = json.loads(child.stdout.splitlines()[-1])
     return {"method": method, "asked": density, **result}
 
@@ -58,29 +61,30 @@ def draw(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 def main(argv):
     values = flags.FLAGS
-    out = pathlib.Path(values.out)
-    out.mkdir(parents=True)
+    out = pathlib.Path(values.out).expanduser()
+    if out.exists():
+        raise app.UsageError(f"--out: {out} exists, want a new folder")
     densities = list(map(float, values.densities))
     # What is dense has no density to vary.
     combinations = [("dense", densities[-1])] if "dense" in values.methods else []
     sparse_ones = [method for method in values.methods if method != "dense"]
     combinations += itertools.product(sparse_ones, densities)
     runs = []
-    with open(out / "runs.jsonl", "w", buffering=1) as lines:
-        for method, density in combinations:
-            runs.append(run(method, density, values.seeds, argv[1:], out))
+    for method, density in combinations:
+        runs.append(run(method, density, values.seeds, argv[1:], out))
+        with open(out / "runs.jsonl", "a") as lines:
             lines.write(json.dumps(runs[-1]) + "\n")
-            mean, accuracies = runs[-1]["accuracy"], runs[-1]["accuracies"]
-            spread, least = np.std(accuracies, ddof=len(accuracies) > 1), min(accuracies)
-            print(
-                f"{method} {density:g}: {mean:.4f} +- {spread:.4f}, least {least:.4f}", flush=True
-            )
+        mean, accuracies = runs[-1]["accuracy"], runs[-1]["accuracies"]
+        spread, least = np.std(accuracies, ddof=len(accuracies) > 1), min(accuracies)
+        print(f"{method} {density:g}: {mean:.4f} +- {spread:.4f}, least {least:.4f}", flush=True)
     draw(runs, out / "accuracy.png")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "New folder to write to.", required=True)
-    flags.DEFINE_list("densities", ["0.01", "0.05", "0.1"], "Parts of the weights that exist.")
-    flags.DEFINE_list("methods", list(typing.get_args(sparse.Method)), "Of train.sparse.")
+    command.define_numbers(
+        "densities", [0.01, 0.05, 0.1], "Parts of the weights that exist.", kind=float, below=1
+    )
+    command.define_choices("methods", typing.get_args(sparse.Method), "Of train.sparse.")
     flags.DEFINE_integer("seeds", 5, "Runs of each.", lower_bound=1)
-    app.run(main)
+    command.run(main, arguments=None)

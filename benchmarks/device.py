@@ -19,6 +19,8 @@ import time
 
 from absl import app, flags
 
+from benchmarks import command
+
 _ROOT = pathlib.Path(__file__).parents[1]
 # Parts in the order in which they run, with their shares of the budget.
 _PARTS = {
@@ -36,12 +38,6 @@ _PARTS = {
 # After its share a part begins no case; so many seconds later, or after all are due, it is ended.
 _GRACE, _LAST_GRACE = 20, 8
 _WORKERS = 15
-_OUT = flags.DEFINE_string("out", None, "Folder for the results; by default $OUT.")
-_ONLY = flags.DEFINE_list("only", None, "Parts to run; by default all of the command.")
-_BUDGET = flags.DEFINE_float("budget_s", 290, "Seconds for all parts.", lower_bound=1)
-_SCALE = flags.DEFINE_enum(
-    "scale", None, ["full", "small"], "By default full where there is a GPU, else small."
-)
 
 
 def link() -> None:
@@ -112,31 +108,31 @@ def run(command: list[str], log: pathlib.Path, seconds: float) -> int | None:
 
 def main(arguments: list[str]) -> None:
     """Runs the parts of a command one after the other, and says how each ended."""
-    name = arguments[1] if len(arguments) == 2 else None
+    values, name = flags.FLAGS, arguments[1]
     if name not in _PARTS:
         raise app.UsageError(f"Want one of {', '.join(_PARTS)}, got {arguments[1:]}")
     parts = _PARTS[name]
-    chosen = _ONLY.value or list(parts)
+    chosen = values.only or list(parts)
     if unknown := set(chosen) - set(parts):
         raise app.UsageError(f"--only: got {', '.join(unknown)}, want some of {', '.join(parts)}")
-    folder = _OUT.value or os.environ.get("OUT")
+    folder = values.out or os.environ.get("OUT")
     if folder is None:
         raise app.UsageError("--out: got none, and $OUT is not set, want a folder")
     out = pathlib.Path(folder).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    small = _SCALE.value == "small" if _SCALE.value else shutil.which("nvidia-smi") is None
+    small = values.scale == "small" if values.scale else shutil.which("nvidia-smi") is None
     link()
 
     start, failed = time.monotonic(), []
     total, due = sum(parts[part] for part in chosen), 0
     for part in chosen:
-        due += _BUDGET.value * parts[part] / total
+        due += values.budget_s * parts[part] / total
         began = time.monotonic()
         share = start + due - began
-        limit = min(share + _GRACE, start + _BUDGET.value + _LAST_GRACE - began)
+        limit = min(share + _GRACE, start + values.budget_s + _LAST_GRACE - began)
         log = out / f"{name}.txt"
-        command = command_of(part, out, f"{name}.jsonl", small, max(1, share))
-        code = run(command, log, max(1, limit))
+        line = command_of(part, out, f"{name}.jsonl", small, max(1, share))
+        code = run(line, log, max(1, limit))
         took = time.monotonic() - began
         ended = "out of time" if code is None else "ok" if code == 0 else f"failed ({code})"
         last = log.read_text(errors="replace").splitlines()
@@ -156,4 +152,10 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.DEFINE_string("out", None, "Folder for the results; by default $OUT.")
+    flags.DEFINE_list("only", None, "Parts to run; by default all of the command.")
+    flags.DEFINE_float("budget_s", 290, "Seconds for all parts.", lower_bound=1, upper_bound=1e6)
+    flags.DEFINE_enum(
+        "scale", None, ["full", "small"], "By default full where there is a GPU, else small."
+    )
+    command.run(main, arguments=1)

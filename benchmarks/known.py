@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
+from benchmarks import command
 from hyperlayer_jax.nn import PlacedTuples, SparseConv, SparseLinear, jumps
 from hyperlayer_jax.nn.candidates import num_candidates
 
@@ -41,11 +42,11 @@ def _convolution(seed, count, field, shape):
     teacher = nnx.view(make(seed + 1000), deterministic=True)
     rng = np.random.default_rng(seed)
     signs = rng.choice([-1.0, 1.0], (1, count))
-    teacher.taps.values[...] = jnp.asarray(signs * rng.uniform(0.3, 1, (1, count)), jnp.float32)
+    teacher.tuples.values[...] = jnp.asarray(signs * rng.uniform(0.3, 1, (1, count)), jnp.float32)
     # Places anywhere: those of a new layer are spread evenly.
     flat = rng.choice(np.prod(field), count, replace=False)
     places = np.stack([np.zeros(count, int), *np.unravel_index(flat, field)], -1)[None]
-    teacher.taps.places[...] = jnp.asarray(places, jnp.float32)
+    teacher.tuples.places[...] = jnp.asarray(places, jnp.int32)
     return make(seed), teacher, shape, places
 
 
@@ -91,7 +92,7 @@ def run(bed: Callable, seed: int, steps: int, every: int, rate: float) -> dict:
     seconds = time.perf_counter() - began
     model = nnx.merge(graphdef, params, rest)
     (tuples,) = (m for _, m in nnx.iter_modules(model) if isinstance(m, PlacedTuples))
-    found = np.asarray(tuples.places[...]).astype(int)
+    found = np.asarray(tuples.indices())
     there = (found[:, None] == wanted[:, :, None]).all(-1).any(-1)
     looks = len(range(every // 2, int(0.9 * steps), every))
     candidates = looks * found.shape[0] * num_candidates(found.shape[1])
@@ -123,8 +124,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("beds", ["taps", "delays", "needles"], "Which of them.")
+    command.define_choices("beds", ["taps", "delays", "needles"], "Which of them.")
     flags.DEFINE_integer("seeds", 5, "Of each bed.", lower_bound=1)
     flags.DEFINE_integer("inputs", 1_000_000, "Of the needles.", lower_bound=_WEIGHTS)
     flags.DEFINE_integer("outputs", 1000, "Of the needles.", lower_bound=1)
-    app.run(main)
+    command.run(main)

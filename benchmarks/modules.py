@@ -83,9 +83,8 @@ def _groups(length, on_cpu):
 def _layer(kind, heads, length, dtype, same=True):
     features = heads * WIDTH
     layer = SparseSelfAttention(
-        features, heads, length, pattern=kind, num_tuples=4, num_global=4, num_local=2,
-        dtype=dtype, rngs=nnx.Rngs(0),
-    )  # fmt: skip
+        features, heads, length, pattern=kind, dtype=dtype, rngs=nnx.Rngs(0)
+    )
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
 
     def run(params, rest, x):

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from benchmarks.timing import OutOfTimeError, bytes_per_second, end_after
+from benchmarks import command
+from benchmarks.timing import OutOfTimeError, bytes_per_second, end_after, only_try
 
 Suite = Callable[[bool], Iterator[dict[str, Any] | str]]
 
@@ -32,20 +33,24 @@ def main(**suites: Suite) -> None:
     """
     flags.DEFINE_string("out", None, "File to write the JSON to, besides standard output.")
     flags.DEFINE_string("rows", None, "File to add every row to as it comes, in JSON lines.")
-    flags.DEFINE_list("only", list(suites), f"Parts to run, of {','.join(suites)}.")
+    command.define_choices("only", list(suites), "Parts to run.")
     flags.DEFINE_enum("scale", "full", ["full", "small"], "small: only tries itself out.")
-    flags.DEFINE_float("budget_s", None, "Begins no case after so many seconds.")
+    flags.DEFINE_float(
+        "budget_s", None, "Begins no case after so many seconds.", lower_bound=0, upper_bound=1e6
+    )
     _keep_memory()
 
     def run(_):
         wanted = flags.FLAGS
-        if unknown := set(wanted.only) - set(suites):
-            raise app.UsageError(f"--only: got {', '.join(sorted(unknown))}, see --help")
+        files = (command.check_file(name, wanted[name].value) for name in ("out", "rows"))
         chosen = {name: suites[name] for name in wanted.only}
-        if _report(chosen, wanted.scale == "small", wanted.out, wanted.rows, wanted.budget_s):
+        small = wanted.scale == "small"
+        if small:
+            only_try()
+        if _report(chosen, small, *files, wanted.budget_s):
             sys.exit(1)
 
-    app.run(run)
+    command.run(run)
 
 
 def made_with() -> dict[str, Any]:
@@ -76,25 +81,26 @@ def _keep_memory():
 
 
 def _report(
-    suites: dict[str, Suite], small: bool, out: str | None, rows: str | None, budget: float | None
+    suites: dict[str, Suite],
+    small: bool,
+    out: pathlib.Path | None,
+    rows: pathlib.Path | None,
+    budget: float | None,
 ) -> int:
     """Runs the suites; returns how much of them failed."""
     if budget is not None:
         end_after(budget)
-    cases, statements, failures = [], [], 0
-    made = made_with()
+    made, failures = made_with(), 0
+    cases, statements = [], []
+    found = made | {"cases": cases, "statements": statements}
 
     def keep(part, item):
-        row = {"statement": item} if isinstance(item, str) else item
-        if isinstance(item, str):
-            statements.append(item)
-            print(item, flush=True)
-        else:
-            cases.append(item)
-            print(_line(item), flush=True)
-        if rows:
-            with pathlib.Path(rows).open("a") as file:
-                file.write(json.dumps({"part": part, **made, **row}) + "\n")
+        is_statement = isinstance(item, str)
+        (statements if is_statement else cases).append(item)
+        print(item if is_statement else _line(item), flush=True)
+        row = {"statement": item} if is_statement else item
+        _written(rows, json.dumps({"part": part, **made, **row}) + "\n", add=True)
+        _written(out, json.dumps(found) + "\n")
 
     print(_HEAD, flush=True)
     for part, suite in suites.items():
@@ -110,13 +116,28 @@ def _report(
             failures += 1
     for statement in _rule(cases):
         keep("rule", statement)
-    text = json.dumps(
-        made | {"bytes_per_second": bytes_per_second(), "cases": cases, "statements": statements}
-    )
-    if out:
-        pathlib.Path(out).write_text(text + "\n")
-    print(text)
+    found["bytes_per_second"] = bytes_per_second()
+    failures += not _written(out, json.dumps(found) + "\n")
+    print(json.dumps(found))
     return failures
+
+
+def _written(path: pathlib.Path | None, text: str, *, add: bool = False) -> bool:
+    """Writes a file, if any, never half of it; on a disk that is full what is measured goes on."""
+    if path is None:
+        return True
+    try:
+        if add:
+            with path.open("a") as file:
+                file.write(text)
+        else:
+            hidden = path.with_name(f".{path.name}")
+            hidden.write_text(text)
+            os.replace(hidden, path)
+    except OSError as error:
+        print(f"{path}: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def _failed(row):

@@ -8,9 +8,10 @@ report, or its rows.
 import json
 import pathlib
 import re
+import sys
 from typing import Any
 
-from absl import app
+from benchmarks import command
 
 _COLUMNS = ("case", "ms", "rival", "ms", "speedup", "differs by")
 
@@ -67,12 +68,17 @@ def _number(value, form):
 
 
 def _main(arguments):
-    if len(arguments) != 3:
-        raise app.UsageError("Want a file of results and a page: results.json docs/cpu.md")
     results, page = map(pathlib.Path, arguments[1:])
-    text = table(read(results))
-    page.write_text(insert(page.read_text(), results.stem, text))
+    try:
+        report = read(results)
+    except (ValueError, KeyError, IndexError) as error:
+        sys.exit(f"{results}: got {error!r}, want a report of `benchmarks.run`, or its rows")
+    try:
+        inserted = insert(page.read_text(), results.stem, table(report))
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{page}, {results}: {error!r}")
+    page.write_text(inserted)
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    command.run(_main, arguments=2)

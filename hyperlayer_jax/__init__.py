@@ -5,6 +5,7 @@ P. Bloem, "Learning sparse transformations through backpropagation", arXiv 1810.
 
 from hyperlayer_jax.attention import sparse_attention
 from hyperlayer_jax.density import duplicate_mask, redistribute
+from hyperlayer_jax.grids import affine_means, bilinear, box_means, quad_means
 from hyperlayer_jax.hyperlayer import apply_template, discretize, round_tuples
 from hyperlayer_jax.ranks import (
     TopK,
@@ -27,11 +28,15 @@ __all__ = [
     "SoftSort",
     "SparseTensor",
     "TopK",
+    "affine_means",
     "apply_template",
+    "bilinear",
+    "box_means",
     "bucket_starts",
     "contract",
     "discretize",
     "duplicate_mask",
+    "quad_means",
     "redistribute",
     "round_tuples",
     "sample_indices",

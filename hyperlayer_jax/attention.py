@@ -48,8 +48,8 @@ def sparse_attention(
       value: float [B, S, K, D], of the dtype of the query.
       pattern: see above; weights >= 0 of any floating dtype. Those below 1e-30 count as 0.
       causal: hides keys j > i from query i, in blocks too. For weights that are normalised over
-        what is visible, forbid the points before that, with the `where` of `discretize`. The block
-        of a query itself is read whole: NaN in a later token of it does not stay there.
+        what is visible, forbid the points before that, with the `where` of `discretize`. In
+        blocks, a query that sees a key or value that is not finite gets NaN.
       mask: bool [B, S], the keys that exist; all where None.
       implementation: the kernel backend, chosen by device where None.
 
@@ -71,18 +71,29 @@ def sparse_attention(
     options = {"scale": width**-0.5, "implementation": implementation}
 
     if block > 1:
+        hidden = weights < _MIN_WEIGHT
+        if causal:
+            # Blocks are read whole, and 0 times what is not finite would reach queries before it.
+            finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+            key, value = (jnp.where(finite[..., None], x, 0) for x in (key, value))
+            broken = jnp.repeat(~finite, heads // key_heads, axis=1)
         key, value = (jnp.repeat(x, heads // key_heads, axis=1) for x in (key, value))
         out = kernels.block_attention(
             query,
             key,
             value,
             indices[..., 0],
-            _log(weights, weights < _MIN_WEIGHT),
+            _log(weights, hidden),
             block=block,
             causal=causal,
             mask=None if mask is None else _for_heads(mask, heads),
             **options,
         )
+        if causal:
+            broken = reshape(broken, (batch, heads, broken.shape[-1] // block, block), leading=2)
+            broken = _sees(broken, jnp.where(hidden, -1, indices[..., 0]))
+            broken = reshape(broken, (batch, heads, length, 1), leading=2)
+            out = out * jnp.where(broken, jnp.nan, 1).astype(out.dtype)
         return jnp.moveaxis(out, 1, 2)
 
     columns = indices[..., -1]
@@ -137,12 +148,31 @@ def _log(weights, hidden):
 def at_keys(mask: jax.Array, columns: jax.Array) -> jax.Array:
     """A mask [B, S] at columns int32 [B, ...], False outside: bool [B, ...]."""
 
-    @lift("(s),(n)->(n)")
-    def read(mask, columns):
-        return mask.at[columns].get(mode="fill", fill_value=False, wrap_negative_indices=False)
-
     flat = columns.reshape(columns.shape[0], math.prod(columns.shape[1:]))
-    return read(mask, flat).reshape(columns.shape)
+    return lift("(s),(n)->(n)")(_at)(mask, flat).reshape(columns.shape)
+
+
+def _at(mask, columns):
+    """A mask [S, ...] at columns int32 [...] of its first axis, False outside."""
+    return mask.at[columns].get(mode="fill", fill_value=False, wrap_negative_indices=False)
+
+
+@lift("(c,b),(r,p)->(r,b)")
+def _sees(keys, blocks):
+    """Which queries see one of some keys, given the blocks that their own block reads.
+
+    Args:
+      keys: bool [c, b], by their blocks.
+      blocks: int32 [r, p]; those out of range do not exist.
+
+    Returns:
+      bool [r, b], by their blocks.
+    """
+    own = jnp.arange(len(blocks), dtype=jnp.int32)
+    before = _at(keys.any(-1), jnp.where(blocks < own[:, None], blocks, -1)).any(-1)
+    within = (blocks == own[:, None]).any(-1)
+    upto = jax.lax.cummax(keys.astype(jnp.int8), axis=1) > 0
+    return before[:, None] | (within[:, None] & _at(upto, own))
 
 
 def _over_entries(query, key, value, rows, columns, log_weights, *, scale, implementation):

@@ -34,8 +34,7 @@ class Config(launcher.Config):
             raise ValueError("--optimizer=sgd needs --clip")
 
 
-def loss_fn(model, key, step, data):
-    del step
+def loss_fn(model, key, data):
     x, y = data
     batch = jax.random.randint(key, (_BATCH,), 0, len(x))
     x, y = devices.shard((x[batch], y[batch]))

@@ -4,6 +4,7 @@
 python tests/ordeals.py kills train.identity --size=8 --steps=20000
 python tests/ordeals.py damage
 python tests/ordeals.py lines
+python tests/ordeals.py lines benchmarks.run train.sort
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import json
 import os
 import pathlib
 import random
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import tempfile
 import time
 import traceback
 import typing
+import warnings
 
 import numpy as np
 from absl import logging
@@ -131,6 +134,13 @@ WORDS = {
         "--workdir=s3://bucket", "--distributed=1,2", "--distributed=auto", "--resume", "sort", "-x",
         "--seed=1.5", "--steps=1e3", "--steps", "--keep=-1", "--profile=maybe", "--noprofile=no",
     ),
+    "train.sparse": (
+        "--hidden=", "--hidden=0", "--hidden=3,x", "--hidden=99999999", "--density=1.1",
+        "--fraction=2", "--until=2", "--method=x", "--method=dense --density=0.1",
+        "--method=random --every=3", "--method=magnitude --fraction=0.1", "--every=1",
+        "--method=dense --implementation=cpu", "--seed=4294967295 --seeds=2", "--data_dir=.",
+        "--dataset=kmnist --data_dir=nowhere", "--mesh=seq:2", "--batch_size=1000000 --hidden=60000",
+    ),
     "train.identity": (
         "--size=16000000", "--size=5000000", "--region=99 --size=4 --num_local=2147483647",
         "--dataset=digits", "--mesh=data:64", "--mesh=data:1,model:1,data:1", "--sigma_penalty=x",
@@ -143,6 +153,7 @@ WORDS = {
         "--canvas=2000 --batch_size=100000 --coarseness=1",
     ),
     "train.transformer": (
+        "--num_local=0 --region=3", "--layers=wd --implementation=cpu", "--mesh=seq:3",
         "--task=speech", "--corpus=/nowhere", "--corpus=nowhere.txt", "--corpus=", "--corpus=a/b.gz",
         "--corpus=~nobody-has-this-name", "--layers=x", "--layers=", "--positions=x", "--offset=3",
         "--task=offset --offset=300 --length=200", "--task=offset --corpus=stdlib2",
@@ -151,62 +162,87 @@ WORDS = {
         "--corpus=/dev/zero", "--corpus=/proc/self/mem", "--layers=d --length=60000",
         "--layers=s --batch_size=1000000",
     ),
+    "benchmarks.run": (
+        "--out=nowhere/out.json", "--out=.", "--out=/dev/null", "--out=/proc/out", "--rows=.",
+        "--rows=nowhere/rows.jsonl", "--only=", "--only=block,blocks", "--only", "--budget_s=-1",
+        "--budget_s=nan", "--budget_s=inf", "--budget_s=x", "--scale=large", "--nope", "word",
+        "--out=out.json --rows=nowhere/rows", "--out=out.json word",
+    ),
+    "benchmarks.table": (
+        "", "one", "one two three", "nowhere.json page.md", ". page.md", "/dev/null page.md",
+        "/proc/self/status page.md", "--nope one two",
+    ),
+    "benchmarks.device": (
+        "", "provee", "prove measure", "prove --only=x", "prove --budget_s=0", "prove --scale=x",
+        "prove", "prove --out=/dev/null/x", "prove --budget_s=nan --out=/proc/x",
+    ),
+    "benchmarks.known": ("--beds=x", "--beds=", "--seeds=0", "--inputs=3", "--outputs=0", "word"),
+    "benchmarks.densities": (
+        "", "--out=/proc", "--out=x --densities=0", "--out=x --densities=1.5", "--out=x --seeds=0",
+        "--out=x --densities=a", "--out=x --methods=y", "--out=x --methods=", "--out=x --nope",
+    ),
 }  # fmt: skip
 
 
-def bad_lines(tasks):
-    for name, task in tasks.items():
-        for field, hint in typing.get_type_hints(task.Config).items():
-            kinds = {hint, *typing.get_args(hint)}
-            values = ("-1", "x", "99999999999") if int in kinds else ("-1", "nan", "inf", "x")
-            if kinds & {int, float}:
-                yield from ((name, [f"--{field}={value}"]) for value in values)
-        yield from ((name, line.split()) for line in WORDS[name])
+def bad_lines(name, module):
+    """Command lines, without the name, that a launcher or benchmark must refuse."""
+    fields = typing.get_type_hints(module.Config) if hasattr(module, "train_and_evaluate") else {}
+    for field, hint in fields.items():
+        kinds = {hint, *typing.get_args(hint)}
+        values = ("-1", "x", "99999999999") if int in kinds else ("-1", "nan", "inf", "x")
+        if kinds & {int, float}:
+            yield from ([f"--{field}={value}"] for value in values)
+    yield from (line.split() for line in WORDS[name])
 
 
-def lines(folder):
+def run_forked(name, arguments, folder):
+    """Runs a command in an empty folder: its exit status, what it said, and what it left."""
+    err, here = folder / "err", folder / "here"
+    here.mkdir()
+    # Nothing has started JAX yet: a copy of this process is as good as a new one, and quicker.
+    child = os.fork()
+    if child == 0:
+        for path, number in ((os.devnull, 1), (err, 2)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.chdir(here)
+        sys.argv = [name, *arguments]
+        warnings.simplefilter("ignore")
+        status = 0
+        try:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            status = stop.code
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+        except BaseException:
+            traceback.print_exc()
+            status = 99
+        sys.stderr.flush()
+        os._exit(status or 0)
+    began = time.time()
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.time() - began > 60:
+            os.kill(child, 9)
+        time.sleep(0.02)
+    left = [path.name for path in here.iterdir()]
+    shutil.rmtree(here)
+    return os.waitstatus_to_exitcode(ended[1]), err.read_text(errors="replace").strip(), left
+
+
+def lines(folder, *names):
     """Every bad command line ends in one line, which names a flag, and leaves nothing behind."""
     import importlib  # noqa: PLC0415
 
-    tasks = {name: importlib.import_module(name) for name in WORDS}
-    launcher = importlib.import_module("train.launcher")
+    modules = {name: importlib.import_module(name) for name in names or WORDS}
     wrong = count = 0
-    for task, arguments in bad_lines(tasks):
-        count += 1
-        out, err = folder / "out", folder / "err"
-        here = folder / "here"
-        here.mkdir()
-        # Nothing has started JAX yet: a copy of this process is as good as a new one, and quicker.
-        child = os.fork()
-        if child == 0:
-            for path, number in ((out, 1), (err, 2)):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.chdir(here)
-            sys.argv = [task, *arguments]
-            status = 1
-            try:
-                launcher.launch(tasks[task].Config, tasks[task].train_and_evaluate)
-                status = 0
-            except SystemExit as stop:
-                status = stop.code
-            except BaseException:
-                traceback.print_exc()
-                status = 99
-            sys.stderr.flush()
-            os._exit(status)
-        began = time.time()
-        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-            if time.time() - began > 60:
-                os.kill(child, 9)
-            time.sleep(0.02)
-        status = os.waitstatus_to_exitcode(ended[1])
-        said = err.read_text(errors="replace").strip()
-        bad = status not in (1, 2) or "Traceback" in said or said.count("\n") > 1
-        bad = bad or any(here.iterdir())
-        if bad:
-            wrong += 1
-            print(f"{task} {' '.join(arguments)}: {status} {said[-300:]!r} {list(here.iterdir())}")
-        shutil.rmtree(here)
+    for name, module in modules.items():
+        for arguments in bad_lines(name, module):
+            count += 1
+            status, said, left = run_forked(name, arguments, folder)
+            if status not in (1, 2) or "Traceback" in said or said.count("\n") > 1 or left:
+                wrong += 1
+                print(f"{name} {' '.join(arguments)}: {status} {said[-300:]!r} {left}", flush=True)
     print(f"{count} bad lines: {wrong} that did not end in one clear line")
     return wrong == 0
 

@@ -117,7 +117,7 @@ def test_triton(device, size):
 
 
 def test_triton_under_shard_map(device):
-    function, operands = gathered_case(*GATHERED["usual"])
+    function, operands = gathered_case(*GATHERED["ragged"])
     sharded = jax.shard_map(
         function,
         mesh=Mesh(np.array([device]), "data"),

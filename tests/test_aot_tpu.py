@@ -38,8 +38,19 @@ BLOCK_ATTENTION = [  # b, t, p, block, d
     (1, 4096, 16, 128, 128, "float32"),
     (2, 65536, 16, 64, 64, "bfloat16"),
 ]
-targets = pytest.mark.parametrize("target", ["v5e:2x2", "v6e:2x2"])
+TARGETS = ("v5e:2x2", "v6e:2x2")
+targets = pytest.mark.parametrize("target", TARGETS)
 array = jax.ShapeDtypeStruct
+
+
+def shapes_on_targets(axes, shapes):
+    """The last shape on both targets, of the others one on each in turn."""
+    pairs = [
+        (target, *shape)
+        for n, shape in enumerate(shapes)
+        for target in (TARGETS if n == len(shapes) - 1 else (TARGETS[1 - n % 2],))
+    ]
+    return pytest.mark.parametrize(f"target, {axes}", pairs)
 
 
 @functools.cache
@@ -66,8 +77,7 @@ def count_kernels(target, name, positions, *floats, **sizes):
     return compiled.as_text().count("tpu_custom_call")
 
 
-@targets
-@pytest.mark.parametrize("b, i, p, j, d, dtype", PRODUCTS)
+@shapes_on_targets("b, i, p, j, d, dtype", PRODUCTS)
 class TestProducts:
     """Row-wise products and their gradients are one kernel each, others are made of them."""
 
@@ -103,8 +113,7 @@ class TestProducts:
         assert count_kernels(target, "gathered_attention", positions, floats) == 7
 
 
-@targets
-@pytest.mark.parametrize("b, m, k, r", REDISTRIBUTE)
+@shapes_on_targets("b, m, k, r", REDISTRIBUTE)
 def test_redistribute(target, b, m, k, r):
     positions = {"points": array((b, m, r), jnp.int32), "where": array((b, m), jnp.bool_)}
     floats = dict.fromkeys(("means", "sigmas"), array((b, k, r), jnp.float32))
@@ -112,8 +121,7 @@ def test_redistribute(target, b, m, k, r):
     assert count_kernels(target, "redistribute", positions, floats) == 2
 
 
-@targets
-@pytest.mark.parametrize("b, t, p, block, d, dtype", BLOCK_ATTENTION)
+@shapes_on_targets("b, t, p, block, d, dtype", BLOCK_ATTENTION)
 def test_block_attention(target, b, t, p, block, d, dtype):
     positions = {"block_indices": array((b, t // block, p), jnp.int32)}
     floats = dict.fromkeys("qkv", array((b, t, d), dtype))

@@ -32,6 +32,7 @@ LAYERS = [
     {"hyperlayer_jax.lift", "hyperlayer_jax.types"},
     {"hyperlayer_jax.checks"},
     {"hyperlayer_jax.transforms"},
+    {"hyperlayer_jax.grids"},
     {"hyperlayer_jax.sampling"},
     {"hyperlayer_jax.density"},
     {"hyperlayer_jax.tensors"},

@@ -149,6 +149,39 @@ def test_gradients_agree_with_finite_differences_in_float64(form):
         assert_close(slope, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_finite_reaches_those_that_see_it_alone(form):
+    """Forward and backward, in a query's own block too."""
+    query, key, value = operands(length=S)
+    pattern = draw_pattern(form, LEADING["own"], shape=(S, S))
+    block = BLOCK if form == "blocks" else 1
+    at, head = 4, 1
+    sees = np.zeros((N, S), bool)
+    for n in range(N // K, N):
+        entries = entries_of(pattern, 0, n, block, causal=True)
+        sees[n, [i for i, j, w in entries if j == at and w > 0]] = True
+
+    @jax.jit
+    def run(query, key, value):
+        out, vjp = jax.vjp(
+            lambda *x: hl.sparse_attention(*x, pattern, causal=True), query, key, value
+        )
+        return out, vjp(jnp.where(jnp.asarray(sees.T)[None, ..., None], 0, out))
+
+    out, _ = run(query, key, value)
+    for changed in (
+        (query, key.at[0, at, head, 0].set(jnp.nan), value),
+        (query, key, value.at[0, at, head, 0].set(jnp.inf)),
+    ):
+        got, gradients = run(*changed)
+        assert_close(
+            jnp.where(sees.T[..., None], 0, got[0]), jnp.where(sees.T[..., None], 0, out[0])
+        )
+        assert not np.isfinite(got[0].transpose(1, 0, 2)[sees]).all(-1).any()
+        assert_close(got[1], out[1])
+        assert np.isfinite(gradients[0][0].transpose(1, 0, 2)[~sees]).all()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_finite_with_everything_masked_and_with_tiny_weights(form, dtype):

@@ -122,7 +122,7 @@ def suite(small):
 
 def test_rows_are_kept_as_they_come(tmp_path, capsys):
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.json"
-    failures = report._report({"sums": suite, "more": suite}, True, str(out), str(rows), None)
+    failures = report._report({"sums": suite, "more": suite}, True, out, rows, None)
     assert failures == 2
     kept = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["part"] for row in kept] == ["sums"] * 3 + ["more"] * 3 + ["rule"]
@@ -133,6 +133,31 @@ def test_rows_are_kept_as_they_come(tmp_path, capsys):
     assert whole == json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["name"] for row in read["cases"]] == [row["name"] for row in whole["cases"]]
     assert read["statements"] == whole["statements"]
+
+
+def test_the_report_is_there_as_it_grows_and_a_full_disk_ends_nothing(tmp_path, capsys):
+    seen, out = [], tmp_path / "out.json"
+
+    def growing(small):
+        yield case("first")
+        seen.append(json.loads(out.read_text())["cases"])
+        out.unlink()
+        out.mkdir()
+        yield case("second")
+
+    assert report._report({"sums": growing}, True, out, None, None) == 1
+    assert [row["name"] for row in seen[0]] == ["first"]
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out.splitlines()[-1])["cases"]) == 2
+    assert str(out) in captured.err and "Traceback" not in captured.err
+
+
+def test_bad_lines_are_one_line_and_leave_nothing():
+    """What `ordeals.py` has of them, for the commands that start soon."""
+    ordeals = [sys.executable, str(ROOT / "tests" / "ordeals.py"), "lines"]
+    names = ["benchmarks.run", "benchmarks.table", "benchmarks.device"]
+    run = subprocess.run([*ordeals, *names], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_a_part_out_of_time_begins_no_case(tmp_path, monkeypatch):
@@ -147,7 +172,7 @@ def test_a_part_out_of_time_begins_no_case(tmp_path, monkeypatch):
 
     monkeypatch.setattr(timing, "_deadline", timing.math.inf)
     rows = tmp_path / "rows.jsonl"
-    assert report._report({"two": two}, False, None, str(rows), 600) == 0
+    assert report._report({"two": two}, False, None, rows, 600) == 0
     read = table.read(rows)
     assert [(row["name"], row["rival"]) for row in read["cases"]] == [
         ("first", "a"),

@@ -101,11 +101,11 @@ def test_modules_take_every_backend_for_what_it_serves(implementation):
     options = {"implementation": implementation, "rngs": nnx.Rngs(0)}
     tokens = jax.ShapeDtypeStruct((4, 8, 4), jnp.float32)
     for pattern in ("learned", "learned2d", "static", "strided"):
-        layer = nn.SparseSelfAttention(4, 1, 8, pattern=pattern, stride=2, **options)
+        layer = nn.SparseSelfAttention(4, 1, 16, pattern=pattern, **options)
         assert jax.eval_shape(lambda x, layer=layer: nnx.clone(layer)(x), tokens).shape == (4, 8, 4)
     for by_output in (True, False):
-        for num_global in (0, 1):
-            layer = nn.SparseLinear(4, 3, 2, by_output=by_output, num_global=num_global, **options)
+        for values in (None, 1.0):
+            layer = nn.SparseLinear(4, 3, 2, by_output=by_output, values=values, **options)
             out = jax.eval_shape(lambda x, layer=layer: nnx.clone(layer)(x), tokens)
             assert out.shape == (4, 8, 3)
     layer = nn.GlimpseAttention(4, (2, 2), 1, **options)

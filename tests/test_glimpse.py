@@ -13,107 +13,13 @@ from hypothesis import strategies as st
 from laws import call
 from scipy import ndimage
 
-from hyperlayer_jax import RowSparseTensor, contract, nn
+from hyperlayer_jax import nn
 
 pytest.importorskip("tensorboardX", reason="launchers need the extra train")
 
 from PIL import Image
 
 from train import glimpse
-
-RANDOM = np.random.default_rng(0)
-IMAGE = (9, 12)
-
-
-def unit(i, n):
-    """Place i of n in [-1, 1], the only one in the middle."""
-    return 2 * i / (n - 1) - 1 if n > 1 else 0.0
-
-
-def grid_oracle(position, glimpse_shape, image_shape):
-    """The means at position(v, h) for v, h in [-1, 1], in float64 and one at a time."""
-    means = np.zeros((*glimpse_shape, 2))
-    for i, j in np.ndindex(*glimpse_shape):
-        place = position(unit(i, glimpse_shape[0]), unit(j, glimpse_shape[1]))
-        for axis, size in enumerate(image_shape):
-            means[i, j, axis] = np.clip((place[axis] + 1) / 2 * (size - 1), 0, size - 1)
-    return means
-
-
-def box_oracle(box, *shapes):
-    return grid_oracle(lambda v, h: (box[0] + v * box[2], box[1] + h * box[3]), *shapes)
-
-
-def quad_oracle(corners, *shapes):
-    def position(v, h):
-        weights = np.outer([(1 - v) / 2, (1 + v) / 2], [(1 - h) / 2, (1 + h) / 2])
-        return (weights[..., None] * corners).sum((0, 1))
-
-    return grid_oracle(position, *shapes)
-
-
-def affine_oracle(matrix, *shapes):
-    return grid_oracle(lambda v, h: matrix @ np.array([v, h, 1.0]), *shapes)
-
-
-@pytest.mark.parametrize("glimpse_shape", [(5, 4), (1, 3), (1, 1)])
-@pytest.mark.parametrize(
-    ("means", "oracle", "axes", "spread"),
-    [
-        (nn.box_means, box_oracle, (4,), 0.4),
-        (nn.box_means, box_oracle, (4,), 3.0),
-        (nn.quad_means, quad_oracle, (2, 2, 2), 0.9),
-        (nn.quad_means, quad_oracle, (2, 2, 2), 3.0),
-        (nn.affine_means, affine_oracle, (2, 3), 0.6),
-        (nn.affine_means, affine_oracle, (2, 3), 3.0),
-    ],
-)
-def test_grids_are_those_of_the_oracle(means, oracle, axes, spread, glimpse_shape):
-    parameters = RANDOM.uniform(-spread, spread, (2, 3, *axes)).astype(np.float32)
-    got = jax.jit(lambda p: means(p, glimpse_shape, IMAGE))(parameters)
-    assert got.shape == (2, 3, *glimpse_shape, 2) and got.dtype == jnp.float32
-    for place in np.ndindex(2, 3):
-        want = oracle(parameters[place].astype(np.float64), glimpse_shape, IMAGE)
-        np.testing.assert_allclose(got[place], want, atol=1e-5)
-
-
-def test_the_grid_reaches_both_edges_of_the_box():
-    means = nn.box_means(jnp.array([0.0, 0.25, 0.5, 0.25]), (4, 6), (9, 17))
-    np.testing.assert_allclose(means[0, 0], [2, 8])
-    np.testing.assert_allclose(means[-1, -1], [6, 12])
-
-
-def test_the_identity_covers_the_image_pixel_by_pixel():
-    identity = jnp.eye(2, 3)
-    pixels = np.stack(np.indices(IMAGE), -1)
-    np.testing.assert_allclose(nn.affine_means(identity, IMAGE, IMAGE), pixels, atol=1e-5)
-    np.testing.assert_allclose(
-        nn.box_means(jnp.array([0.0, 0, 1, 1]), IMAGE, IMAGE), pixels, atol=1e-5
-    )
-
-
-def test_degenerate_boxes_and_boxes_beyond_the_border():
-    point = nn.box_means(jnp.array([0.5, -0.5, 0.0, 0.0]), (3, 3), (9, 9))
-    np.testing.assert_allclose(point, np.broadcast_to([6, 2], (3, 3, 2)))
-    outside = nn.box_means(jnp.array([5.0, -5, 1, 1]), (3, 3), (9, 9))
-    np.testing.assert_allclose(outside, np.broadcast_to([8, 0], (3, 3, 2)))
-    gradient = jax.grad(lambda box: nn.box_means(box, (3, 3), (9, 9)).sum())
-    assert np.isfinite(gradient(jnp.array([0.5, -0.5, 0.0, 0.0]))).all()
-    np.testing.assert_array_equal(gradient(jnp.array([5.0, -5, 1, 1])), 0)
-
-
-@pytest.mark.parametrize("shape", [(7, 5), (1, 5), (1, 1)])
-def test_bilinear_reading_is_that_of_scipy(shape):
-    image = RANDOM.normal(size=(*shape, 2)).astype(np.float32)
-    last = np.array(shape) - 1
-    means = (RANDOM.uniform(0, 1, (40, 2)) * last).astype(np.float32)
-    means[:4] = [[0, 0], last, last / 2, np.round(last / 2)]
-    indices, values = nn.bilinear(jnp.asarray(means), shape)
-    got = contract(RowSparseTensor(indices, values, (40,), shape), jnp.asarray(image))
-    for channel in range(2):
-        want = ndimage.map_coordinates(image[..., channel], means.T, order=1, mode="nearest")
-        np.testing.assert_allclose(got[:, channel], want, atol=1e-5)
-    np.testing.assert_allclose(values.sum(-1), 1, rtol=1e-6)
 
 
 def test_spatial_transformer_reads_its_means_as_scipy_does():
@@ -127,9 +33,11 @@ def test_spatial_transformer_reads_its_means_as_scipy_does():
         np.testing.assert_allclose(seen.patches[b, g, ..., c], want, atol=1e-4)
 
 
-def attend(shape="box", **arguments):
-    arguments = {"num_local": 4, "num_global": 1, "region": 5} | arguments
-    return nn.GlimpseAttention(6, (4, 5), 2, shape=shape, rngs=nnx.Rngs(0), **arguments)
+def attend(shape="box", points=(), **arguments):
+    points = dict(points)
+    rngs = nnx.Rngs(0)
+    sampler = nn.Sampler(**{"num_local": 4, "num_global": 1, "region": 5, "rngs": rngs} | points)
+    return nn.GlimpseAttention(6, (4, 5), 2, shape=shape, sampler=sampler, rngs=rngs, **arguments)
 
 
 @pytest.mark.parametrize("shape", ["box", "quad", "affine"])
@@ -176,7 +84,7 @@ def test_channels_share_their_points_and_constants_are_kept():
 def test_glimpses_without_points_are_means_of_four_neighbours():
     images = jax.random.uniform(jax.random.key(0), (2, 16, 12, 1))
     features = 5 * jax.random.normal(jax.random.key(1), (2, 6))
-    model = nnx.view(attend(num_global=0, num_local=0), deterministic=True)
+    model = nnx.view(attend(points={"num_global": 0, "num_local": 0}), deterministic=True)
     images, seen = jax.device_get((images, call(model, images, features)))
     for b, g, i, j in np.ndindex(2, 2, 4, 5):
         points = oracle.neighbours(seen.means[b, g, i, j])
@@ -207,16 +115,10 @@ def test_half_precision_images_keep_their_dtype_and_exact_means():
 def descend(shape, pixel, key):
     """Descends on minus the light in a glimpse of one pixel: its place [steps, 2], in indices."""
     images = jnp.zeros((32, 16, 16, 1)).at[:, pixel[0], pixel[1]].set(1.0)
+    rngs = nnx.Rngs(params=0, sample=key)
+    sampler = nn.Sampler(num_global=8, num_local=8, region=8, rngs=rngs)
     model = nn.GlimpseAttention(
-        1,
-        (1, 1),
-        1,
-        shape=shape,
-        sigma_scale=0.2,
-        num_global=8,
-        num_local=8,
-        region=8,
-        rngs=nnx.Rngs(params=0, sample=key),
+        1, (1, 1), 1, shape=shape, sigma_scale=0.2, sampler=sampler, rngs=rngs
     )
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -272,14 +174,23 @@ def test_the_policy_of_reinforce_learns_where_the_reward_is():
     assert seen.log_prob is None and seen.patches.shape == (64, 1, 3, 3, 1)
 
 
+def reinforce(num_glimpses=2, **arguments):
+    return nn.ReinforceGlimpses(6, (4, 5), num_glimpses, rngs=nnx.Rngs(0), **arguments)
+
+
+def unlikely():
+    return reinforce(deterministic=True)(jnp.ones((2, 8, 8, 1)), jnp.ones((2, 6)))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: attend("circle"), "shape: got 'circle'"),
         (lambda: attend(initial_size=1.0), "initial_size: got 1.0"),
-        (lambda: nn.box_means(jnp.ones((2, 5)), (3, 3), (9, 9)), r"boxes: got shape \(2, 5\)"),
-        (lambda: nn.quad_means(jnp.ones((2, 2, 2)), (3,), (9, 9)), r"glimpse_shape: got \(3,\)"),
-        (lambda: nn.affine_means(jnp.ones((2, 3), int), (3, 3), (9, 9)), "matrices: got int32"),
+        (lambda: nn.SpatialTransformer(6, (4, 5), 0, rngs=nnx.Rngs(0)), "num_glimpses: got 0"),
+        (lambda: reinforce(num_glimpses=0), "num_glimpses: got 0"),
+        (lambda: reinforce(policy_sigma=0.0), "policy_sigma: got 0.0"),
+        (lambda: nn.reinforce_loss(unlikely(), jnp.ones(2)), "glimpses: got those of a determ"),
         (lambda: attend()(jnp.ones((2, 8, 8, 1)), jnp.ones((3, 6))), "features: got shape"),
         (lambda: attend()(jnp.ones((8, 8)), jnp.ones(6)), "images: got shape"),
     ],

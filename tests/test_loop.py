@@ -33,8 +33,7 @@ class Noisy(nnx.Module):
         return self.dropout(self.linear(x))
 
 
-def squares(model, key, step, data):
-    del step
+def squares(model, key, data):
     x, y = data
     batch = jax.random.randint(key, (16,), 0, len(x))
     return jnp.mean((model(x[batch]) - y[batch]) ** 2), {}
@@ -96,9 +95,9 @@ def test_random_streams_advance_and_the_model_given_is_left_alone(tmp_path):
     np.testing.assert_array_equal(given.linear.kernel[...], before)
 
 
-def test_steps_see_their_number_and_a_new_key(tmp_path):
-    def loss_fn(model, key, step, data):
-        return squares(model, key, step, data)[0], {"step": step, "draw": jax.random.uniform(key)}
+def test_every_step_has_a_key_of_its_own(tmp_path):
+    def loss_fn(model, key, data):
+        return squares(model, key, data)[0], {"draw": jax.random.uniform(key)}
 
     fit(tmp_path, loss_fn=loss_fn, steps=5, log_every=1)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -112,6 +111,21 @@ def test_lines_do_not_change_the_result(tmp_path):
     often, *_ = fit(tmp_path / "often", log_every=7, model=Noisy(0.5))
     seldom, *_ = fit(tmp_path / "seldom", log_every=200, model=Noisy(0.5))
     np.testing.assert_array_equal(often.linear.kernel[...], seldom.linear.kernel[...])
+
+
+def test_lines_wait_for_a_model_that_is_settled(tmp_path):
+    """Of what an optimizer tries out for a step, nothing is written, evaluated or saved."""
+    seen = []
+    options = {"settled": lambda step: step % 100 != 50, "steps": 150}
+    config = Config(checkpoint_every="50", keep=9)
+    evaluate = lambda model, step: seen.append(step) or {}  # noqa: E731
+    fit(tmp_path, config=config, evaluate=evaluate, evaluate_every=75, **options)
+    assert [row["step"] for row in rows(tmp_path)] == [0, 51, 75, 100, 150]
+    assert seen == [0, 75, 150]
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints", read_only=True)) as saved:
+        assert 50 not in saved.steps() and saved.steps()[0] == 150
+    with pytest.raises(ValueError, match="steps: got 0, want at least 1"):
+        fit(tmp_path / "none", steps=0)
 
 
 def test_evaluation_sees_the_model_of_its_step(tmp_path):
@@ -156,9 +170,11 @@ def test_average_starts_as_a_mean_and_forgets(tmp_path):
 )
 def test_what_is_not_finite_is_named_and_the_state_before_it_saved(spoil, message, tmp_path):
     def fit_until(bad_step, folder, **options):
-        def loss_fn(model, key, step, data):
-            loss, _ = squares(model, key, step, data)
-            return spoil(loss, step == bad_step, model.linear.kernel[0, 0]), {}
+        bad_key = jax.random.fold_in(jax.random.key(0), bad_step)
+
+        def loss_fn(model, key, data):
+            loss, _ = squares(model, key, data)
+            return spoil(loss, key == bad_key, model.linear.kernel[0, 0]), {}
 
         return fit(folder, loss_fn=loss_fn, **options)
 
@@ -166,7 +182,7 @@ def test_what_is_not_finite_is_named_and_the_state_before_it_saved(spoil, messag
         fit_until(66, tmp_path)
     assert [row["step"] for row in rows(tmp_path)] == [50]
     saved = state_of(tmp_path)
-    undisturbed = fit_until(-1, tmp_path / "undisturbed", steps=66).model
+    undisturbed = fit_until(1000, tmp_path / "undisturbed", steps=66).model
     assert saved.step == 66
     np.testing.assert_array_equal(
         saved.tree["params/linear/kernel"], undisturbed.linear.kernel[...]
@@ -339,8 +355,8 @@ def test_a_folder_has_one_owner(tmp_path):
 
 
 def test_a_step_that_does_not_fit_is_refused_before_it_is_compiled(tmp_path):
-    def loss_fn(model, key, step, data):
-        return jnp.ones((2**20, 2**20, 2**10)).sum() * squares(model, key, step, data)[0], {}
+    def loss_fn(model, key, data):
+        return jnp.ones((2**20, 2**20, 2**10)).sum() * squares(model, key, data)[0], {}
 
     with pytest.raises(FlagError, match=r"1048576,1048576,1024.* would take 4.19e\+06 GiB"):
         fit(tmp_path / "run", loss_fn=loss_fn)
@@ -360,7 +376,7 @@ def test_devices_do_not_change_the_result(tmp_path):
         def __call__(self, x):
             return self.layers[1](self.dropout(jnp.tanh(self.layers[0](x)))).mean(-1)
 
-    def loss_fn(model, key, step, data):
+    def loss_fn(model, key, data):
         chosen = jax.random.randint(key, (16,), 0, len(data[0]))
         x, y = devices.shard((data[0][chosen], data[1][chosen]))
         return jnp.mean((model(x) - y[:, 0]) ** 2), {"drawn": chosen.sum()}

@@ -10,20 +10,28 @@ from laws import assert_close, assert_equal, random_tuples
 
 import hyperlayer_jax as hl
 from hyperlayer_jax import nn
+from hyperlayer_jax.nn import patterns
 
 SPLIT = PartitionSpec("data")
-LINEAR = {"num_global": 1, "num_local": 1, "region": 3}
-ATTENTION = {"block": 4, "window": 4, "stride": 4}
+ATTENTION = {
+    "learned": "learned",
+    "learned2d": "learned2d",
+    "strided": patterns.Strided(stride=4),
+    "window": patterns.Window(window=4),
+    "block": patterns.Block(block=4),
+}
 MODULES = {
-    "rows": lambda rngs: nn.SparseLinear(6, 5, 3, by_output=True, **LINEAR, rngs=rngs),
-    "entries": lambda rngs: nn.SparseLinear(6, 5, 3, **LINEAR, rngs=rngs),
+    "rows": lambda rngs: nn.SparseLinear(6, 5, 3, by_output=True, values=1.0, rngs=rngs),
+    "entries": lambda rngs: nn.SparseLinear(6, 5, 1, values=1.0, rngs=rngs),
+    "jumping rows": lambda rngs: nn.SparseLinear(6, 5, 3, by_output=True, rngs=rngs),
+    "jumping entries": lambda rngs: nn.SparseLinear(6, 5, 1, rngs=rngs),
     **{
-        pattern: lambda rngs, pattern=pattern: nn.SparseSelfAttention(
-            6, 3, 16, num_kv_heads=1, pattern=pattern, rotary=False, **ATTENTION, rngs=rngs
+        name: lambda rngs, pattern=pattern: nn.SparseSelfAttention(
+            6, 3, 16, num_kv_heads=1, pattern=pattern, rotary=False, rngs=rngs
         )
-        for pattern in ("learned", "learned2d", "strided", "window", "block")
+        for name, pattern in ATTENTION.items()
     },
-    "glimpses": lambda rngs: nn.GlimpseAttention(6, (3, 3), 1, num_global=1, rngs=rngs),
+    "glimpses": lambda rngs: nn.GlimpseAttention(6, (3, 3), 1, rngs=rngs),
     "sort": lambda rngs: nn.SoftQuicksort(num_samples=2, certainty=3.0, rngs=rngs),
 }
 
@@ -47,7 +55,7 @@ def test_modules_learn_the_same(name):
             return (module(x[..., None], x[:, 0]).patches ** 2).mean()
         if name == "sort":
             return (module(x, x[..., 0]).items[-1] ** 2 * x).mean()
-        return (module(x[:, 0] if name in ("rows", "entries") else x) ** 2).mean()
+        return (module(x[:, 0] if name.endswith(("rows", "entries")) else x) ** 2).mean()
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1), allow_int=True))
     value, (of_state, of_x) = run(state, x)

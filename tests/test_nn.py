@@ -18,12 +18,12 @@ from hyperlayer_jax import nn
 from hyperlayer_jax.nn.linear import TokenLinear
 
 OUT, IN = (3, 2), (4,)
-OPTIONS = {"num_global": 2, "num_local": 2, "region": 2}
+POINTS = {"num_global": 2, "num_local": 2, "region": 2}
 TEMPLATE = jnp.array([[0, 0, 0], [2, 1, 3]], jnp.int32)
 # Kind of template: arguments of the layer, chunk axes, learned columns, the space that they index.
 KINDS = {
     "none": ({}, (2,), (0, 1, 2)),
-    "output": ({"template": "output"}, (6,), (2,)),
+    "output": ({"by_output": True}, (6,), (2,)),
     "array": ({"template": TEMPLATE, "columns": (1, 2)}, (2,), (1, 2)),
 }
 
@@ -47,6 +47,10 @@ class Hypernetwork(nnx.Module):
         return hl.IndexTuples(put(self.means), put(self.sigmas), values)
 
 
+def sampler(**options):
+    return nn.Sampler(**({"evaluation": "round", "rngs": nnx.Rngs(0, sample=7)} | POINTS | options))
+
+
 def build(kind, features=0, **options):
     arguments, chunks, columns = KINDS[kind]
     space = tuple((OUT + IN)[c] for c in columns)
@@ -54,11 +58,10 @@ def build(kind, features=0, **options):
     hypernetwork.num_feature_axes = features
     layer = nn.HyperLayer(
         hypernetwork,
-        OUT,
         IN,
+        OUT,
         num_feature_axes=features,
-        rngs=nnx.Rngs(0, sample=7),
-        **(OPTIONS | arguments | options),
+        **(arguments | {"sampler": sampler(), "rngs": nnx.Rngs(0)} | options),
     )
     return layer, space
 
@@ -87,9 +90,9 @@ def test_a_hyperlayer_is_the_composition_of_the_functions(kind, shape, features)
     layer, space = build(kind, features)
     x = example(*shape)
     tuples = call(layer.hypernetwork, x)
-    key = nnx.clone(layer).rngs()
+    key = nnx.clone(layer).sampler.rngs()
     y = call(layer, x)
-    in_training = jax.jit(functools.partial(hl.discretize, shape=space, **OPTIONS))(key, tuples)
+    in_training = jax.jit(functools.partial(hl.discretize, shape=space, **POINTS))(key, tuples)
     by_hand = jax.jit(functools.partial(composed, kind))
     want = by_hand(tuples, in_training, x)
     assert y.shape == (*shape[: x.ndim - 1 - features], *OUT, *shape[x.ndim - features :])
@@ -104,9 +107,9 @@ def test_every_call_draws_anew_and_evaluation_does_not(kind):
     x = example(2, 4)
     evaluation = nnx.view(layer, deterministic=True)
     assert_equal(call(evaluation, x), call(evaluation, x))
-    assert layer.rngs.count[...] == 0 and not layer.deterministic
+    assert layer.sampler.rngs.count[...] == 0 and not layer.sampler.deterministic
     first, second = call(layer, x), call(layer, x)
-    assert layer.rngs.count[...] == 2
+    assert layer.sampler.rngs.count[...] == 2
     assert (np.asarray(first) != np.asarray(second)).any()
     assert_equal(call(build(kind)[0], x), first)
 
@@ -128,7 +131,7 @@ def test_gradients_reach_every_param(kind, dtype):
 
 
 def test_the_bias_is_added_to_every_output_and_feature():
-    layer, _ = build("output", 1, use_bias=True, deterministic=True)
+    layer, _ = build("output", 1, use_bias=True, sampler=sampler(deterministic=True))
     x = example(2, 4, 5)
     plain = layer(x)
     layer.bias[...] = jnp.arange(6.0).reshape(OUT)
@@ -139,32 +142,31 @@ def test_the_bias_is_added_to_every_output_and_feature():
 @pytest.mark.parametrize("by_output", [False, True])
 def test_a_sparse_linear_layer_serves_any_batch_with_one_matrix(by_output, shape):
     layer = nn.SparseLinear(
-        4, OUT, 5, by_output=by_output, use_bias=True, rngs=nnx.Rngs(0), **OPTIONS
+        4, OUT, 4, by_output=by_output, use_bias=True, sampler=sampler(), rngs=nnx.Rngs(0)
     )
-    layer.layer.bias[...] = jnp.arange(6.0).reshape(OUT)
-    tuples, x = layer.layer.hypernetwork(), example(*shape)
-    dense = nnx.jit(lambda module, tuples: hl.todense(module.tensor(tuples, 0, jnp.float32)))
-    weights = np.asarray(dense(nnx.clone(layer).layer, tuples), np.float64)
+    layer.bias[...] = jnp.arange(6.0).reshape(OUT)
+    x = example(*shape)
+    dense = nnx.jit(lambda layer: hl.todense(layer.weight()))
+    weights = np.asarray(dense(nnx.clone(layer)), np.float64)
     y = call(layer, x)
     want = np.einsum("oai,...i->...oa", weights, x) + np.arange(6.0).reshape(OUT)
     assert_close(y, want)
 
 
 def test_all_inputs_of_fixed_values_are_a_sum():
-    layer = nn.SparseLinear(
-        4, 3, 4, by_output=True, values=1.0, deterministic=True, rngs=nnx.Rngs(0)
-    )
+    layer = nn.SparseLinear(4, 3, 4, by_output=True, values=1.0, rngs=nnx.Rngs(0))
+    layer = nnx.view(layer, deterministic=True)
     means = jnp.log(jnp.array([1e-6, 1 / 3, 2 / 3, 1 - 1e-6]))
     means = means - jnp.log1p(-jnp.exp(means))
-    layer.layer.hypernetwork.means[...] = jnp.broadcast_to(means[:, None], (3, 4, 1))
+    layer.tuples.means[...] = jnp.broadcast_to(means[:, None], (3, 4, 1))
     x = example(5, 4)
     assert_close(layer(x), np.repeat(np.asarray(x.sum(-1, keepdims=True)), 3, -1))
 
 
 @pytest.mark.parametrize("values", [None, 1.0])
 def test_fixed_values_are_not_trained(values):
-    layer = nn.SparseLinear(4, 3, 2, values=values, rngs=nnx.Rngs(0), **OPTIONS)
-    tuples = layer.layer.hypernetwork
+    layer = nn.SparseLinear(4, 3, 2, values=values, sampler=sampler(), rngs=nnx.Rngs(0))
+    tuples = layer.tuples
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(tuples)))
     optimizer = nnx.Optimizer(layer, optax.sgd(0.1), wrt=nnx.Param)
     x = example(8, 4)
@@ -213,16 +215,17 @@ def test_quicksort_is_the_function_and_evaluation_is_exact():
 @pytest.mark.parametrize("kind", ["HyperLayer", "SparseLinear", "SoftQuicksort"])
 def test_works_in_tree_mode(kind):
     build = {
-        "HyperLayer": "nn.HyperLayer(nn.FreeTuples((3,), 2, (4,), rngs=rngs), 3, 4)",
-        "SparseLinear": "nn.SparseLinear(4, 3, 2, num_local=1, region=2, use_bias=True, rngs=rngs)",
+        "HyperLayer": "nn.HyperLayer(tuples, 4, 3, by_output=True, rngs=rngs)",
+        "SparseLinear": "nn.SparseLinear(4, 3, 2, values=1.0, use_bias=True, rngs=rngs)",
         "SoftQuicksort": "nn.SoftQuicksort(num_samples=2, certainty=1.0, rngs=rngs)",
-    }[kind].replace(", 3, 4)", ", (3,), (4,), template='output', rngs=rngs)")
+    }[kind]
     arguments = "jnp.ones((4, 2)), jnp.arange(4.0)" if kind == "SoftQuicksort" else "jnp.ones(4)"
     code = f"""
 import jax, jax.numpy as jnp
 from flax import nnx
 from hyperlayer_jax import nn
 rngs = nnx.Rngs(0)
+tuples = nn.FreeTuples((3,), 2, (4,), rngs=rngs)
 model = {build}
 leaves = lambda out: jax.tree.leaves(out)[-1]
 graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -233,7 +236,7 @@ def step(params, rest):
     return y, nnx.split(model, nnx.Param, ...)[2]
 y, rest = step(params, rest)
 model = nnx.merge(graphdef, params, rest)
-stream = model.layer.rngs if hasattr(model, "layer") else model.rngs
+stream = model.sampler.rngs if hasattr(model, "sampler") else model.rngs
 assert stream.count[...] == 1 and jnp.isfinite(y)
 leaves(nnx.view(model, deterministic=True)({arguments}))
 """
@@ -241,8 +244,12 @@ leaves(nnx.view(model, deterministic=True)({arguments}))
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | modes)
 
 
+def linear(in_shape, num_tuples=1, **options):
+    return nn.SparseLinear(in_shape, 3, num_tuples, **({"rngs": nnx.Rngs(0)} | options))
+
+
 def layer(**options):
-    arguments = {"out_shape": OUT, "in_shape": IN, "rngs": nnx.Rngs(0)} | options
+    arguments = {"in_shape": IN, "out_shape": OUT, "rngs": nnx.Rngs(0)} | options
     return nn.HyperLayer(lambda x: None, **arguments)
 
 
@@ -256,10 +263,9 @@ def test_a_linear_layer_of_tokens_is_one_of_rows(batch):
 
 ERRORS = {
     r"out_shape: got \(0,\)": lambda: layer(out_shape=(0,)),
-    "in_shape: got 4, want a sequence": lambda: layer(in_shape=4),
-    "template: got 'input', want None": lambda: layer(template="input"),
-    "columns: wanted with an array": lambda: layer(template=TEMPLATE),
-    "columns: wanted with an array as": lambda: layer(columns=(1,)),
+    "by_output: got True": lambda: layer(template=TEMPLATE, columns=(1,), by_output=True),
+    "columns: wanted with a template": lambda: layer(template=TEMPLATE),
+    "columns: wanted with a template, and": lambda: layer(columns=(1,)),
     r"columns: got \(1, 3\), want": lambda: layer(template=TEMPLATE, columns=(1, 3)),
     r"columns: got \(1, 1\), want": lambda: layer(template=TEMPLATE, columns=(1, 1)),
     "template: got 2 columns, want 3": lambda: layer(template=TEMPLATE[:, :2], columns=(1,)),
@@ -267,12 +273,26 @@ ERRORS = {
         template=TEMPLATE.astype(jnp.float32), columns=(1,)
     ),
     "num_feature_axes: got -1": lambda: layer(num_feature_axes=-1),
-    "num_global: got -1": lambda: layer(num_global=-1),
-    "num_local: got 0.5": lambda: layer(num_local=0.5),
-    "region: got None": lambda: layer(num_local=1),
     r"x: got shape \(\), want": lambda: layer()(jnp.zeros(())),
     "x: got int32, want a floating": lambda: layer()(jnp.zeros(4, jnp.int32)),
-    "num_tuples: got -1": lambda: nn.SparseLinear(4, 3, -1, rngs=nnx.Rngs(0)),
+    "hypernetwork: got a tuple, want IndexTuples": lambda: nn.HyperLayer(
+        lambda x: (x, x, x), 4, 3, rngs=nnx.Rngs(0)
+    )(jnp.ones(4)),
+    r"x: got shape \(5,\), want \[\*B, 4\]": lambda: layer()(jnp.zeros(5)),
+    r"x: got shape \(5, 32, 24\), want \[\*B, 24, 32\]": lambda: linear((24, 32))(
+        jnp.zeros((5, 32, 24))
+    ),
+    r"x: got shape \(5, 2, 384\), want": lambda: linear((24, 32))(jnp.zeros((5, 2, 384))),
+    "num_tuples: got -1": lambda: linear(4, -1),
+    "num_tuples: got 0, want at least 1": lambda: linear(4, 0),
+    "num_tuples: got 0, want at least": lambda: linear(4, 0, values=1.0),
+    "rngs: got no stream 'sample'": lambda: linear(4, 1, values=1.0, rngs=nnx.Rngs(params=0)),
+    "rngs: got no stream 'sample' and": lambda: nn.SoftQuicksort(
+        num_samples=1, certainty=1.0, rngs=nnx.Rngs(params=0)
+    ),
+    r"in_shape: got \(4,\), want \(height": lambda: nn.ConvTuples(
+        (4,), (), 1, (4,), rngs=nnx.Rngs(0)
+    ),
 }
 
 

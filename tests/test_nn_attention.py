@@ -1,7 +1,7 @@
 """Laws of sparse self-attention and of the language model, for every kind of pattern."""
 
+import dataclasses
 import functools
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,12 @@ OWN = {"window": {"window": 3}, "strided": {"stride": 3}, "block": {"block": 4}}
 
 def attention(*sizes, pattern, rngs, own=None, sampler=None, **options):
     """A layer of small sizes: `own` are options of its pattern, `sampler` those of its sampler."""
-    make, own = PATTERNS[pattern], OWN.get(pattern, {}) | (own or {})
-    drawn = issubclass(make, Sampled)
+    pattern, own = PATTERNS[pattern], OWN.get(pattern, {}) | (own or {})
+    drawn = isinstance(pattern, Sampled)
     return SparseSelfAttention(
         *sizes,
-        pattern=functools.partial(make, **({"num_tuples": 2} if drawn else {}) | own),
-        sampler=Sampler(**SAMPLER | (sampler or {}), rngs=rngs) if drawn else None,
+        pattern=dataclasses.replace(pattern, **({"num_tuples": 2} if drawn else {}) | own),
+        sampler=Sampler(**SAMPLER | (sampler or {}), rngs=rngs),
         rngs=rngs,
         **{"num_kv_heads": K} | options,
     )
@@ -47,14 +47,13 @@ def attention(*sizes, pattern, rngs, own=None, sampler=None, **options):
 
 def build(kind, **options):
     layer = attention(E, N, LENGTH, pattern=kind, **options, rngs=nnx.Rngs(0, sample=1))
-    positions = getattr(layer.kind, "positions", None)
-    if hasattr(positions, "out_proj"):
+    if hasattr(layer.positions, "out_proj"):
         # As if trained: positions that depend on the token.
-        kernel = positions.out_proj.kernel
+        kernel = layer.positions.out_proj.kernel
         kernel[...] = 3 * jax.random.normal(jax.random.key(5), kernel.shape)
     elif kind == "learned2d":
         # Rows start on integers, but for rounding, which compilers may do differently.
-        positions.means[...] += 0.02
+        layer.positions.means[...] += 0.02
     return layer
 
 
@@ -139,7 +138,7 @@ def test_no_token_sees_a_later_one(kind, deterministic):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_gives_what_the_whole_sequence_gives(kind, shared):
-    own = {"shared": shared} if issubclass(PATTERNS[kind], Sampled) else {}
+    own = {"shared": shared} if isinstance(PATTERNS[kind], Sampled) else {}
     layer = nnx.view(build(kind, own=own), deterministic=True)
     x = tokens()
     extend = nnx.jit(lambda layer, x, cache: layer.extend(x, cache))
@@ -257,7 +256,7 @@ def test_a_tuple_is_as_wide_in_evaluation_as_in_training(sigma):
     """Given enough points, drawn or not, keys have the shares of a Gaussian cut off at borders."""
     sampler = {"num_global": 64, "num_local": 0}
     layer = build("static", causal=False, own={"num_tuples": 1}, sampler=sampler)
-    parameters = layer.kind.positions.parameters
+    parameters = layer.positions.parameters
     parameters[...] = parameters[...].at[..., 1].set(sigma)
     fixed = nnx.view(layer, deterministic=True)
     dense = nnx.jit(lambda layer, x: hl.todense(layer.pattern(x)))
@@ -271,7 +270,7 @@ def test_a_tuple_is_as_wide_in_evaluation_as_in_training(sigma):
 @pytest.mark.parametrize("sigma", [-0.6, -0.3, 0.0, 1.0])
 def test_no_distance_and_no_sigma_moves_by_more_than_three_sigmas_a_unit(kind, sigma, causal):
     layer, size = build(kind, causal=causal, own={"min_sigma": 0.01}), 1e-3
-    free = layer.kind.positions if kind == "static" else layer.kind.positions.free
+    free = layer.positions if kind == "static" else layer.positions.free
     free.parameters[...] = free.parameters[...].at[..., 1].set(sigma)
     params = nnx.state(layer, nnx.Param)
     updates = jax.tree.map(lambda x: jnp.full_like(x, size), params)
@@ -300,14 +299,15 @@ def test_steps_are_shortened_in_any_tree_of_the_same_parameters():
     params = nnx.state(layer, nnx.Param)
     shorten = shorten_steps(nnx.Sequential(layer))
     want = shorten(params, params)
-    assert (np.asarray(want["kind"]["positions"]["place"][...]) != params["kind"]["positions"]["place"][...]).all()
+    place = params["positions"]["place"][...]
+    assert_close(want["positions"]["place"][...], 0.1 * place)
     for wrapped in (nnx.to_pure_dict(params), {"model": [params]}, jax.tree.leaves(params)):
         got = shorten(wrapped, wrapped)
         assert jax.tree.structure(got) == jax.tree.structure(wrapped)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert_equal(a, b)
     with pytest.raises(ValueError, match="updates: "):
-        shorten(params["kind"], params["kind"])
+        shorten(params["positions"], params["positions"])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -349,12 +349,6 @@ def test_logits_of_turned_vectors_depend_on_the_distance_alone():
         ({"num_kv_heads": 3}, "num_kv_heads"),
         ({"features": 15}, "num_heads"),
         ({"features": 12}, "rotary"),
-        ({"pattern": functools.partial(Learned2D, num_tuples=0)}, "num_tuples"),
-        ({"pattern": functools.partial(Window, window=-1)}, "window"),
-        ({"pattern": functools.partial(Strided, stride=0)}, "stride"),
-        ({"pattern": functools.partial(Block, block=0)}, "block"),
-        ({"pattern": functools.partial(Static, min_sigma=-1.0)}, "min_sigma"),
-        ({"pattern": "dense", "sampler": Sampler(rngs=nnx.Rngs(0))}, "sampler"),
         ({"num_kv_heads": 0}, "num_kv_heads"),
     ],
 )
@@ -362,6 +356,21 @@ def test_a_wrong_option_is_named(options, message):
     arguments = {"features": E, "num_heads": N, "max_length": LENGTH, "rngs": nnx.Rngs(0)}
     with pytest.raises(ValueError, match=message):
         SparseSelfAttention(**(arguments | options))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "option", "value"),
+    [
+        (Learned2D, "num_tuples", 0),
+        (Window, "window", -1),
+        (Strided, "stride", 0),
+        (Block, "block", 2.0),
+        (Static, "min_sigma", -1.0),
+    ],
+)
+def test_a_wrong_option_of_a_pattern_is_named(pattern, option, value):
+    with pytest.raises(ValueError, match=f"{option}: got"):
+        pattern(**{option: value})
 
 
 def test_wrong_inputs_are_named():

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from laws import assert_close, call, largest_array
 
+import hyperlayer_jax as hl
 from hyperlayer_jax import nn
 
 CASES = {
@@ -22,11 +23,7 @@ CASES = {
 
 def dense_kernel(layer):
     """[*field, in_features / groups, out_features]."""
-    kernel = np.zeros((layer.out_features, *layer.taps.shape))
-    places = np.asarray(layer.taps.places[...]).astype(int)
-    for out, values in enumerate(np.asarray(layer.taps.values[...])):
-        np.add.at(kernel[out], tuple(places[out].T), values)
-    return jnp.asarray(np.moveaxis(kernel, (0, 1), (-1, -2)), jnp.float32)
+    return jnp.moveaxis(hl.todense(layer.weight()), (0, 1), (-1, -2))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -56,7 +53,7 @@ def test_it_finds_the_taps_of_another_one():
     steps, batch = 500, 4
     make = functools.partial(nn.SparseConv, 1, 1, 3, (200,), padding="VALID", use_bias=False)
     teacher, model = make(rngs=nnx.Rngs(1)), make(rngs=nnx.Rngs(0))
-    teacher.taps.values[...] = jnp.array([[1.0, -0.7, 0.5]])
+    teacher.tuples.values[...] = jnp.array([[1.0, -0.7, 0.5]])
     teacher = nnx.view(teacher, deterministic=True)
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
     optimizer = nn.jumps(jax.random.key(0), model, optimizer, until=450, every=4, fraction=1.0)
@@ -91,6 +88,7 @@ ERRORS = {
         1, 1, 1, (3,), padding="CAUSAL", rngs=nnx.Rngs(0)
     ),
     "groups: got 2": lambda: nn.SparseConv(3, 2, 1, (3,), groups=2, rngs=nnx.Rngs(0)),
+    "num_tuples: got 0, want": lambda: nn.SparseConv(1, 1, 0, (3,), rngs=nnx.Rngs(0)),
     "num_tuples: got 4, want at most 3": lambda: nn.SparseConv(1, 1, 4, (3,), rngs=nnx.Rngs(0)),
     r"strides: got \(1, 1\)": lambda: nn.SparseConv(
         1, 1, 1, (3,), strides=(1, 1), rngs=nnx.Rngs(0)

@@ -20,7 +20,7 @@ best = jax.jit(jumping.best)
 
 @given(integers(0, 3, (2, 3, 2)), integers(0, 3, (2, 9, 2)), floats(-4, 4, (2, 9)))
 def test_the_best_places_are_new_different_and_those_of_the_largest_gradients(taken, new, size):
-    arrays = map(np.asarray, (taken, new, size, *best(taken.astype(jnp.float32), new, size)))
+    arrays = map(np.asarray, (taken, new, size, *best(taken, new, size)))
     for taken_, new_, size_, places_, sizes_ in zip(*arrays, strict=True):
         sizes = {}
         for place, gradient in zip(map(tuple, new_.tolist()), np.abs(size_), strict=True):
@@ -76,9 +76,8 @@ def test_norms_are_those_of_the_rows_of_the_gradient():
 
 
 def layer(by_output, **options):
-    count = EACH if by_output else EACH * OUT[0]
     options = {"use_bias": True, "rngs": nnx.Rngs(0)} | options
-    return nn.SparseLinear(IN, OUT, count, by_output=by_output, **options)
+    return nn.SparseLinear(IN, OUT, EACH, by_output=by_output, **options)
 
 
 def dense_gradient(x, dy):
@@ -88,19 +87,19 @@ def dense_gradient(x, dy):
 @pytest.mark.parametrize("by_output", [False, True])
 def test_a_layer_looks_for_places_where_the_gradient_is_large_only_when_asked_to(by_output):
     model = layer(by_output)
-    tuples = model.layer.hypernetwork
+    tuples = model.tuples
     x, dy = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(9, *IN), (9, *OUT)]))
     gradient = nnx.jit(nnx.grad(lambda model, x, dy: (model(x) * dy).sum()))
 
     def look():
-        found = gradient(model, x, dy)["layer"]["hypernetwork"]
-        return np.asarray(found["places"][...]), np.asarray(found["looks"][...])
+        found = gradient(model, x, dy)["tuples"]
+        return np.asarray(found["jumped"][...]), np.asarray(found["looks"][...])
 
     assert not any(found.any() for found in look())
     tuples.looks[...] = jnp.full_like(tuples.looks[...], 0.75)
     found, sizes = look()
-    assert found.shape == tuples.places.shape
-    own = np.asarray(tuples.places[...])
+    assert (found[..., -1] == 1).all()
+    found, own = found[..., :-1], np.asarray(tuples.indices())
     if by_output:
         rows = np.broadcast_to(np.arange(OUT[0])[:, None, None], (*found.shape[:2], 1))
         found, own = (np.concatenate([rows, p], -1) for p in (found, own))
@@ -116,10 +115,6 @@ def test_a_layer_looks_for_places_where_the_gradient_is_large_only_when_asked_to
     assert_equal(call(model, x), call(nnx.view(model, deterministic=True), x))
 
 
-def matrix(layer):
-    return hl.todense(layer.tensor(layer.hypernetwork(), 0, jnp.float32))
-
-
 def test_jumps_find_the_weights_of_another_layer():
     """A layer learns one of as many weights, exactly; on the way every law of places is kept."""
     teacher = nnx.view(layer(True, rngs=nnx.Rngs(7)), deterministic=True)
@@ -127,6 +122,9 @@ def test_jumps_find_the_weights_of_another_layer():
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, STEPS))
     optimizer = nn.jumps(jax.random.key(0), model, optimizer, until=UNTIL, every=EVERY)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def indices(params):
+        return nnx.merge(graphdef, params, rest, copy=True).tuples.indices()
 
     def step(carry, key):
         params, state = carry
@@ -139,14 +137,13 @@ def test_jumps_find_the_weights_of_another_layer():
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(gradients, state, params)
             params = optax.apply_updates(params, updates)
-        moments = state.inner[0].mu["layer"]["hypernetwork"]["values"]
-        return (params, state), (params["layer"]["hypernetwork"], moments[...])
+        moments = state.inner[0].mu["tuples"]["values"]
+        return (params, state), (params["tuples"], indices(params), moments[...])
 
     keys = jax.random.split(jax.random.key(1), STEPS)
     train = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))
-    (params, _), (history, moments) = train((params, optimizer.init(params)))
-    places, values = (np.asarray(history[name][...]) for name in ("places", "values"))
-    assert (places == places.round()).all()
+    (params, _), (history, places, moments) = train((params, optimizer.init(params)))
+    places, values = np.asarray(places), np.asarray(history["values"][...])
     assert (places >= 0).all() and (places < np.array(IN)).all()
     flat = places @ [IN[1], 1]
     assert (np.diff(np.sort(flat, -1), axis=-1) > 0).all()
@@ -157,12 +154,7 @@ def test_jumps_find_the_weights_of_another_layer():
     looks = np.asarray(history["looks"][...]).any((1, 2))
     assert_equal(np.flatnonzero(looks) + 1, np.arange(EVERY // 2, UNTIL, EVERY))
     student = nnx.merge(graphdef, params, rest)
-    dense = [
-        hl.todense(
-            nnx.view(m.layer, deterministic=True).tensor(m.layer.hypernetwork(), 0, jnp.float32)
-        )
-        for m in (student, teacher)
-    ]
+    dense = [hl.todense(layer.weight()) for layer in (student, teacher)]
     assert_close(*dense, rtol=0.02, atol=0.02)
 
 
@@ -171,22 +163,19 @@ def test_jumps_work_behind_the_optimizer_of_flax():
     optimizer = nnx.Optimizer(
         model, nn.jumps(jax.random.key(0), model, optax.sgd(0.1), until=9, every=2), wrt=nnx.Param
     )
-    first = np.asarray(model[0].layer.hypernetwork.places[...])
+    first = np.asarray(model[0].tuples.indices())
     x = jax.random.normal(jax.random.key(0), (3, *IN))
     gradient = nnx.jit(nnx.grad(lambda model: ((model[0](x) - 1) ** 2).sum()))
     update = nnx.jit(lambda optimizer, model, gradient: optimizer.update(model, gradient) and None)
     for changed in (False, True):
         update(optimizer, model, gradient(model))
-        places = np.asarray(model[0].layer.hypernetwork.places[...])
-        assert (places != first).any() == changed
-    assert_equal(places, places.round())
+        assert (np.asarray(model[0].tuples.indices()) != first).any() == changed
 
 
 @pytest.mark.parametrize("by_output", [False, True])
 def test_nothing_of_the_dense_size_is_formed(by_output):
     size = 10_000
-    count = EACH if by_output else EACH * size
-    model = nn.SparseLinear(size, size, count, by_output=by_output, rngs=nnx.Rngs(0))
+    model = nn.SparseLinear(size, size, EACH, by_output=by_output, rngs=nnx.Rngs(0))
     optimizer = nn.jumps(jax.random.key(0), model, optax.adam(0.1), until=100)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 

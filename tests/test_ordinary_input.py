@@ -1,5 +1,7 @@
 """Input that JAX and Flax take: empty, of symbolic sizes, NumPy's, masked, out of range."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +12,20 @@ from laws import assert_close, call
 
 import hyperlayer_jax as hl
 from hyperlayer_jax import nn
+from hyperlayer_jax.nn import patterns
 
-PATTERNS = ("learned", "static", "learned2d", "strided", "window", "block", "dense")
+PATTERNS = {
+    "learned": {"num_tuples": 2}, "static": {"num_tuples": 2}, "learned2d": {"num_tuples": 2},
+    "strided": {"num_tuples": 2, "stride": 4}, "window": {"window": 4},
+    "block": {"num_tuples": 2, "block": 4}, "dense": {},
+}  # fmt: skip
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (2, 14, 8))
 
 
 def layer(pattern, **options):
-    sizes = {"block": 4, "window": 4, "stride": 4, "num_tuples": 2, "num_global": 1}
-    return nn.SparseSelfAttention(8, 2, 16, pattern=pattern, **sizes | options, rngs=nnx.Rngs(0))
+    options["pattern"] = dataclasses.replace(patterns.PATTERNS[pattern], **PATTERNS[pattern])
+    return nn.SparseSelfAttention(8, 2, 16, **options, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

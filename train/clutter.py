@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperlayer_jax import RowSparseTensor, contract
-from hyperlayer_jax.nn import affine_means, bilinear
+from train.augment import rotations, warp
 
 
 def clutter(
@@ -86,16 +85,8 @@ def _window(start: jax.Array, h: int, w: int) -> tuple[jax.Array, jax.Array, jax
 def _warp(key: jax.Array, digits: jax.Array, rotation: float, scaling: float) -> jax.Array:
     """Rotates and scales digits [B, h, w, c] about their centres; what comes in is 0."""
     angle_key, scale_key = jax.random.split(key)
-    batch, h, w, _ = digits.shape
+    batch = len(digits)
     limit = np.radians(rotation)
     angle = jax.random.uniform(angle_key, (batch,), minval=-limit, maxval=limit)
     scale = jax.random.uniform(scale_key, (batch,), minval=1 - scaling, maxval=1 + scaling)
-    cos, sin, zero = jnp.cos(angle) / scale, jnp.sin(angle) / scale, jnp.zeros(batch)
-    matrices = jnp.stack([cos, -sin, zero, sin, cos, zero], -1).reshape(batch, 2, 3)
-    # Means are clipped at the border: a margin of zeros is what they find there.
-    padded = jnp.pad(digits, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shape = (h + 2, w + 2)
-    means = affine_means(matrices, shape, shape)
-    indices, values = bilinear(means.reshape(batch, -1, 2), shape)
-    tensor = RowSparseTensor(indices, values, shape, shape)
-    return contract(tensor, padded)[:, 1:-1, 1:-1]
+    return warp(digits, rotations(angle) / scale[:, None, None])

@@ -7,8 +7,8 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Container, Iterator
+from typing import Any, ClassVar, Literal
 
 from absl import flags
 
@@ -29,8 +29,10 @@ _BOUNDS = (
 DISTRIBUTED = re.compile(r"auto|[^,]+:\d+,[1-9]\d*,\d+")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
-
 Implementation = Literal["reference", "cpu", "mosaic_gpu", "mosaic_gpu_ahead", "triton", "tpu"]
+
+
+Only = Container | Callable[[Any], Any]
 
 
 class FlagError(ValueError):
@@ -44,19 +46,20 @@ def flag(
     minimum: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    only: dict[str, Sequence[str]] | None = None,
+    only: dict[str, Only] | None = None,
     fixed: bool = True,
 ) -> Any:
     """A field of a config: the default and the help text of its flag, and what values it takes.
 
     Args:
-      default: of the field.
-      help: a sentence or two.
+      default: of the field, or a function that makes it of the config, of which it may read the
+        fields before this one.
+      help: a sentence or two; says also what a function makes.
       minimum: the least value.
       above: a bound that no value reaches.
       below: another, from the other side.
-      only: names of other fields, and the values of these with which this one has an effect. With
-        any other, it must be left at its default.
+      only: names of other fields, and the values of these with which this one has an effect, or a
+        function that tells (`bool`: all but 0). With any other, it must be left at its default.
       fixed: whether a run that is continued must keep it.
     """
     for word, bound in (("Above", above), ("Below", below)):
@@ -78,6 +81,11 @@ class Config:
         names all of them.
     """
 
+    # Whether examples are sequences that `--mesh` can divide.
+    has_sequences: ClassVar[bool] = False
+    # With which other flags `--implementation` has an effect, like `only` of `flag`.
+    kernels_only: ClassVar[dict[str, Only]] = {}
+
     seed: int = flag(0, "Seed of everything random.", minimum=0, below=2**32)
     mode: Literal["train", "eval"] = flag(
         "train",
@@ -93,8 +101,9 @@ class Config:
     )
     mesh: str | None = flag(
         None,
-        "Devices to share the work, such as data:4 (batches) or data:2,model:2 (large parameters "
-        "as well); by default all for data, if the batch divides.",
+        "Devices to share the work, such as data:4 (batches), data:2,model:2 (large parameters as "
+        "well) or data:2,seq:2 (sequences, where there are any); by default all for data, if the "
+        "batch divides.",
         fixed=False,
     )
     distributed: str | None = flag(
@@ -106,9 +115,15 @@ class Config:
     profile: bool = flag(False, "Writes a trace of some steps to WORKDIR/profile.", fixed=False)
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if callable(getattr(self, field.name)):
+                object.__setattr__(self, field.name, self._default(field))
         problems = list(self._problems())
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _default(self, field: dataclasses.Field) -> Any:
+        return field.default(self) if callable(field.default) else field.default
 
     def _problems(self) -> Iterator[str]:
         for field in dataclasses.fields(self):
@@ -121,23 +136,38 @@ class Config:
                 yield f"--{name} must be finite, got {value}"
             if isinstance(value, int) and field.metadata["below"] is None and value >= 2**31:
                 yield f"--{name} must be below {2**31}, got {value}"
-            for other, wanted in field.metadata["only"].items():
-                if value != field.default and getattr(self, other) not in wanted:
-                    yield f"--{name} has no effect with --{other}={getattr(self, other)}"
+            only = self.kernels_only if name == "implementation" else field.metadata["only"]
+            for other, wanted in only.items():
+                there = getattr(self, other)
+                works = wanted(there) if callable(wanted) else there in wanted
+                if not works and value != self._default(field):
+                    yield f"--{name} has no effect with --{other}={there}"
         if not re.fullmatch(r"0*[1-9]\d*[smh]?", self.checkpoint_every):
             yield (
                 "--checkpoint_every must be a number of steps, or a time such as 30s, 5m or 1h, "
                 f"got {self.checkpoint_every!r}"
             )
         if self.mesh is not None:
-            axes = re.fullmatch(
-                r"(data|model):[1-9]\d{0,5}(,(data|model):[1-9]\d{0,5})?", self.mesh
-            )
-            if not axes or self.mesh.count("data") > 1 or self.mesh.count("model") > 1:
-                yield f"--mesh must be like data:4 or data:2,model:2, got {self.mesh!r}"
-
+            yield from self._mesh_problems()
         if self.distributed is not None and not DISTRIBUTED.fullmatch(self.distributed):
             yield f"--distributed must be auto or HOST:PORT,N,I, got {self.distributed!r}"
+
+    def _mesh_problems(self) -> Iterator[str]:
+        parts = [re.fullmatch(r"(data|model|seq):[1-9]\d{0,5}", x) for x in self.mesh.split(",")]
+        axes = [part and part[1] for part in parts]
+        if None in axes or len(set(axes)) < len(axes):
+            yield (
+                "--mesh must be like data:4, data:2,model:2 or data:2,seq:2, each axis once, "
+                f"got {self.mesh!r}"
+            )
+        elif "seq" in axes and not self.has_sequences:
+            yield f"--mesh: there are no sequences to divide in this task, got {self.mesh!r}"
+
+    def mesh_shape(self) -> dict[str, int] | None:
+        """What `--mesh` says: the size of each axis that it names."""
+        if self.mesh is None:
+            return None
+        return {axis: int(size) for axis, size in (x.split(":") for x in self.mesh.split(","))}
 
     def checkpoint_interval(self) -> tuple[float, float]:
         """What `--checkpoint_every` says: a number of steps and one of seconds, one infinite."""
@@ -217,7 +247,7 @@ def _define(field: dataclasses.Field, hint: Any, values: flags.FlagValues) -> No
     if types.NoneType in typing.get_args(hint):
         (hint,) = set(typing.get_args(hint)) - {types.NoneType}
     minimum = field.metadata["minimum"]
-    arguments = (field.name, field.default)
+    arguments = (field.name, None if callable(field.default) else field.default)
     help = field.metadata["help"]
     if typing.get_origin(hint) is Literal:
         flags.DEFINE_enum(*arguments, typing.get_args(hint), help, flag_values=values)

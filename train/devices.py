@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from train import checkpoints
 from train.config import FlagError
 
+_AXES = ("data", "model", "seq")
 # Arrays with fewer entries are not worth to be divided over `model`.
 _LARGE = 2**14
 
@@ -34,52 +36,54 @@ def join(distributed: str) -> None:
         raise FlagError(f"--distributed={distributed}: {error}") from error
 
 
-def make_mesh(mesh: str | None, batch_size: int | None) -> jax.sharding.Mesh:
-    """The mesh of `--mesh`, with axes `data` and `model`, of all hosts.
+def make_mesh(
+    shape: dict[str, int] | None, batch_size: int | None, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+    """The mesh of `--mesh`, with axes `data`, `model` and `seq`, of all hosts.
 
     Args:
-      mesh: such as data:4 or data:2,model:2; None for all devices on `data` if that divides the
-        batch, and one otherwise.
+      shape: sizes by axis, those that are missing are 1; None for all devices on `data` if that
+        divides the batch, and one otherwise.
       batch_size: examples in an update.
+      devices: to take them from; those that there are where None.
 
     Raises:
       FlagError: there are fewer devices, or the batch is not divided by `data`.
     """
-    devices = jax.devices()
-    if mesh is None:
+    devices = jax.devices() if devices is None else devices
+    if shape is None:
         divides = batch_size is not None and batch_size % len(devices) == 0
-        sizes = {"data": len(devices) if divides or jax.process_count() > 1 else 1}
-    else:
-        sizes = {axis: int(size) for axis, size in (part.split(":") for part in mesh.split(","))}
-    shape = sizes.get("data", 1), sizes.get("model", 1)
-    if math.prod(shape) > len(devices):
-        raise FlagError(f"--mesh={mesh}: want {math.prod(shape)} devices, have {len(devices)}")
-    if math.prod(shape) < len(devices) and jax.process_count() > 1:
-        raise FlagError(f"--mesh={mesh}: several processes need all {len(devices)} devices")
-    if shape[0] > 1 and (batch_size is None or batch_size % shape[0]):
-        raise FlagError(f"--mesh: {shape[0]} devices do not divide a batch of {batch_size}")
-    array = np.array(devices[: math.prod(shape)]).reshape(shape)
-    return jax.sharding.Mesh(array, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        shape = {"data": len(devices) if divides or jax.process_count() > 1 else 1}
+    sizes = tuple(shape.get(axis, 1) for axis in _AXES)
+    count = math.prod(sizes)
+    if count > len(devices):
+        raise FlagError(f"--mesh: want {count} devices, have {len(devices)}")
+    if count < len(devices) and jax.process_count() > 1:
+        raise FlagError(f"--mesh: several processes need all {len(devices)} devices, got {count}")
+    if sizes[0] > 1 and (batch_size is None or batch_size % sizes[0]):
+        raise FlagError(f"--mesh: {sizes[0]} devices do not divide a batch of {batch_size}")
+    array = np.array(devices[:count]).reshape(sizes)
+    return jax.sharding.Mesh(array, _AXES, axis_types=(AxisType.Auto,) * len(_AXES))
 
 
-def place(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Puts a tree of arrays on a mesh, the same everywhere but for what is large.
+def layout(mesh: jax.sharding.Mesh, x: Any) -> NamedSharding:
+    """How an array is put on a mesh: the same everywhere, but for what is large.
 
     An array of two axes or more that has many entries is divided over `model`, along the longest
     axis that can be. Parameters and what an optimizer knows of each have the same shapes, so they
     are divided alike.
     """
+    size, spec = mesh.shape["model"], [None] * x.ndim
+    by_length = sorted(range(x.ndim), key=lambda axis: -x.shape[axis])
+    divisible = [axis for axis in by_length if x.shape[axis] % size == 0]
+    if size > 1 and x.ndim > 1 and x.size >= _LARGE and divisible:
+        spec[divisible[0]] = "model"
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
-    def sharding(x):
-        size, axes = mesh.shape["model"], np.ndim(x)
-        spec = [None] * axes
-        by_length = sorted(range(axes), key=lambda axis: -x.shape[axis])
-        divisible = [axis for axis in by_length if x.shape[axis] % size == 0]
-        if size > 1 and axes > 1 and x.size >= _LARGE and divisible:
-            spec[divisible[0]] = "model"
-        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(lambda x: _put(x, sharding(x)), tree)
+def place(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Puts a tree of arrays on a mesh, each in its `layout`."""
+    return jax.tree.map(lambda x: _put(x, layout(mesh, x)), tree)
 
 
 def replicate(mesh: jax.sharding.Mesh, tree: Any) -> Any:
@@ -118,10 +122,19 @@ def use(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager:
 
 def shard(tree: Any) -> Any:
     """Within a loss: divides the first axis of arrays, that of examples, over `data`."""
+    return _constrain(tree, "data")
+
+
+def shard_sequences(tree: Any) -> Any:
+    """Within a loss: divides the first axis of arrays over `data`, the second over `seq`."""
+    return _constrain(tree, "data", "seq")
+
+
+def _constrain(tree, *axes):
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["data"] == 1:
+    if mesh.empty or math.prod(mesh.shape[axis] for axis in axes) == 1:
         return tree
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec("data"))
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec(*axes))
 
 
 def agree(flag: bool) -> bool:

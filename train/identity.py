@@ -22,7 +22,7 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 from hyperlayer_jax import IndexTuples
-from hyperlayer_jax.nn import SparseLinear
+from hyperlayer_jax.nn import Sampler, SparseLinear, jumps
 from train import devices, figures, launcher, loop, runs
 
 _BATCH = 64
@@ -85,18 +85,23 @@ def draw_tuples(axes: Axes, tuples: IndexTuples, size: int, title: str) -> None:
 
 def make_model(config: Config) -> SparseLinear:
     """Makes the layer that a config describes."""
-    size = config.size
-    return SparseLinear(
-        size,
-        size,
-        size,
-        values=1.0,
-        min_sigma=config.min_sigma,
+    rngs = nnx.Rngs(config.seed)
+    sampler = Sampler(
         num_global=config.num_global,
         num_local=config.num_local,
         region=config.region,
+        evaluation="round",
+        rngs=rngs,
+    )
+    return SparseLinear(
+        config.size,
+        config.size,
+        1,
+        values=1.0,
+        min_sigma=config.min_sigma,
+        sampler=sampler,
         implementation=config.implementation,
-        rngs=nnx.Rngs(config.seed),
+        rngs=rngs,
     )
 
 
@@ -129,10 +134,10 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     def loss_fn(model, key, step, data):
         del step, data
         x = devices.shard(jax.random.normal(key, (_BATCH, size)))
-        sigma = jnp.mean(model.layer.hypernetwork().sigmas) / size
+        sigma = jnp.mean(model.tuples().sigmas) / size
         return jnp.mean((model(x) - x) ** 2) + config.sigma_penalty * sigma, {}
 
-    free_tuples = nnx.jit(lambda model: model.layer.hypernetwork())
+    free_tuples = nnx.jit(lambda model: model.tuples())
 
     def evaluate(model, step):
         del step
@@ -142,9 +147,16 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
     # A step of the same length in cells, whatever the size.
     learning_rate = config.learning_rate * 128 / size
-    trained = loop.train(
-        loop.build(make_model, config),
+    model = loop.build(make_model, config)
+    optimizer = jumps(
+        jax.random.key(config.seed),
+        model,
         optax.adam(optax.cosine_decay_schedule(learning_rate, config.steps)),
+        until=config.steps,
+    )
+    trained = loop.train(
+        model,
+        optimizer,
         loss_fn,
         (),
         config=config,

@@ -72,6 +72,7 @@ def train(
     evaluate: Callable[[nnx.Module, int], Scalars] | None = None,
     evaluate_every: int = 500,
     best: Callable[[Scalars], float] | None = None,
+    settled: Callable[[int], bool] = lambda step: True,
 ) -> Trained:
     """Trains a model; Python runs only once in `log_every` steps.
 
@@ -84,10 +85,9 @@ def train(
       model: its `nnx.Param` are trained; all other state, random streams included, is carried from
         step to step. The model itself is left as it is.
       optimizer: from Optax; learning-rate schedules, clipping and the like belong in here.
-      loss_fn: `(model, key, step, data) -> (loss, metrics)`, the loss a scalar and the metrics a
-        dict of scalars, both logged as means over `log_every` steps. It draws its own batch from
-        `data` with `key`, which is new in each step, and passes it through `devices.shard`; `step`
-        is an int32 scalar that counts from 0.
+      loss_fn: `(model, key, data) -> (loss, metrics)`, the loss a scalar and the metrics a dict of
+        scalars, both logged as means over `log_every` steps. It draws its own batch from `data`
+        with `key`, which is new in each step, and passes it through `devices.shard`.
       data: a tree of arrays, put on every device once.
       config: of the run; says when to save, and on which devices to run.
       key: PRNG key. With the number of the step, it decides the batch.
@@ -104,21 +104,26 @@ def train(
       evaluate_every: see `evaluate`.
       best: of the scalars of an evaluation, what is larger the better the model; a checkpoint of
         the best is kept.
+      settled: whether the parameters after so many steps are a model. At others, which an optimizer
+        uses to try something out, there is no line, evaluation or checkpoint: the next step has it.
 
     Raises:
+      ValueError: steps is less than 1.
       FlagError: the folder has another run or is in use, or memory or devices do not suffice.
       CheckpointError: a checkpoint can be neither read nor written.
       FloatingPointError: a loss, gradient, parameter or figure is not finite; says which one and
         when. The state before is saved.
       Interrupted: a signal; says how far it came.
     """
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}, want at least 1")
     run = _Run(
         *nnx.split(model, nnx.Param, ...),
         optimizer=optimizer,
         loss_fn=loss_fn,
         data=data,
         key=key,
-        mesh=devices.make_mesh(config.mesh, batch_size),
+        mesh=devices.make_mesh(config.mesh_shape(), batch_size),
         steps=steps,
         average=average,
         config=config,
@@ -157,12 +162,16 @@ def train(
         pacemaker = _Pacemaker(config, run.step)
         tracing = _traces(config, workdir)
         while run.step < steps and not devices.agree(bool(signals)):
-            stop = min(steps, *(_next_multiple(run.step, interval) for interval in intervals))
-            bar.update(stop - run.step)
+            begin = run.step
+            stop = min(steps, *(_next_multiple(begin, interval) for interval in intervals))
+            while stop < steps and not settled(stop):
+                stop += 1
+            bar.update(stop - begin)
             with next(tracing):
                 row = run.advance(stop, saved)
             bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
-            if evaluate is not None and (stop % evaluate_every == 0 or stop == steps):
+            is_due = stop == steps or stop >= _next_multiple(begin, evaluate_every)
+            if evaluate is not None and is_due:
                 row |= run.assess(bar)
             write(stop, row)
             is_best = (run.info["best"] or {}).get("step") == stop

@@ -1,24 +1,33 @@
 """Pictures of where the layers of a transformer look."""
 
-import functools
 import math
+import pathlib
 
 import jax
 import numpy as np
-from flax import nnx
 from matplotlib.figure import Figure
 
 from hyperlayer_jax import todense
 from hyperlayer_jax.nn import TransformerLM
+from train import evaluation, figures
 
+# Pictures show the first of the tokens.
+_TOKENS_DRAWN = 2048
 # Of weights that are more, the largest in a square is shown.
 _PIXELS = 256
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _weights(graphdef, state, tokens):
+def save_patterns(model: TransformerLM, tokens: np.ndarray, path: pathlib.Path) -> None:
+    """Writes the picture of tokens int32 [T], if there is one."""
+    picture = draw_patterns(model, tokens[:_TOKENS_DRAWN])
+    if picture is not None:
+        figures.save_png(picture, path)
+
+
+@evaluation.compiled
+def _weights(model, tokens):
     """Of each layer the weights [heads, rows, columns] of its pattern for tokens [T], or None."""
-    patterns = nnx.merge(graphdef, state).patterns(tokens[None])
+    patterns = evaluation.deterministic(model).patterns(tokens[None])
     dense = [None if pattern is None else todense(pattern) for pattern in patterns]
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), dense)
 
@@ -28,17 +37,16 @@ def draw_patterns(model: TransformerLM, tokens: np.ndarray) -> Figure | None:
 
     Layers without a pattern are left out; None if there is no other.
     """
-    graphdef, state = nnx.split(nnx.view(model, deterministic=True))
     length, pictures = len(tokens), []
-    for index, heads in enumerate(_weights(graphdef, state, tokens)):
-        layer = model.blocks[index].attention
+    for index, heads in enumerate(_weights(model, tokens)):
+        kind = model.blocks[index].attention.kind
+        name = type(kind).__name__.lower()
         for head, fine in enumerate([] if heads is None else np.asarray(heads)):
             weights, pixels = squares(fine)
             # An entry is of a block of tokens, or a row of every so many.
-            height = {"block": layer.block, "strided": layer.stride}.get(layer.kind, 1) * pixels[0]
-            width = (layer.block if layer.kind == "block" else 1) * pixels[1]
+            height, width = (a * b for a, b in zip(kind.spacing, pixels, strict=True))
             extent = (0, width * weights.shape[1], height * weights.shape[0], 0)
-            pictures.append((f"layer {index} ({layer.kind}), head {head}", weights, extent))
+            pictures.append((f"layer {index} ({name}), head {head}", weights, extent))
     if not pictures:
         return None
     columns = min(len(pictures), 4)

@@ -16,7 +16,6 @@ import pathlib
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -105,7 +104,7 @@ class Classifier(nnx.Module):
             layer = SparseLinear(
                 inputs,
                 outputs,
-                each * outputs,
+                each,
                 use_bias=True,
                 implementation=config.implementation,
                 rngs=rngs,
@@ -135,8 +134,7 @@ def weights(layer: SparseLinear | nnx.Linear) -> jax.Array:
     """The matrix [inputs, outputs] of a layer."""
     if isinstance(layer, nnx.Linear):
         return layer.kernel[...]
-    layer = nnx.view(layer.layer, deterministic=True)
-    return todense(layer.tensor(layer.hypernetwork(), 0, jnp.float32)).T
+    return todense(layer.weight()).T
 
 
 def make_optimizer(config: Config, model: Classifier) -> optax.GradientTransformation:

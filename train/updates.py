@@ -12,7 +12,20 @@ from flax import nnx
 from train import checkpoints, devices
 
 Scalars = dict[str, Any]
-LossFn = Callable[[nnx.Module, jax.Array, jax.Array, Any], tuple[jax.Array, Scalars]]
+LossFn = Callable[[nnx.Module, jax.Array, Any], tuple[jax.Array, Scalars]]
+
+
+def warmup_cosine(highest: float, steps: int, *, warmup: int, last: float = 0.0) -> optax.Schedule:
+    """A step size that rises from 0 to its highest, and falls to its last like half a cosine.
+
+    Args:
+      highest: step size.
+      steps: of the run.
+      warmup: steps that it rises for; a tenth of all at most.
+      last: step size.
+    """
+    rising = min(warmup, steps // 10)
+    return optax.warmup_cosine_decay_schedule(0.0, highest, rising, steps, last)
 
 
 class State(NamedTuple):
@@ -46,7 +59,7 @@ def make_updates(
     def update(state: State, key: jax.Array, data: Any) -> tuple[State, Scalars, jax.Array]:
         def objective(params):
             model = nnx.merge(graphdef, params, state.rest, copy=True)
-            loss, metrics = loss_fn(model, jax.random.fold_in(key, state.step), state.step, data)
+            loss, metrics = loss_fn(model, jax.random.fold_in(key, state.step), data)
             scalars = jax.tree.map(jnp.float32, {"loss": loss, **metrics})
             return loss, (scalars, nnx.split(model, nnx.Param, ...)[2])
 
@@ -87,24 +100,31 @@ def checked(params: nnx.State) -> list[str]:
     return ["loss", *(f"gradient of {name}" for name in names), *(f"new {name}" for name in names)]
 
 
-def compiled(
-    updates: Updates, mesh: jax.sharding.Mesh, state: State, key: jax.Array, data: Any
-) -> Updates:
-    """Compiles updates for the devices of a mesh; a call takes the state away.
+def traced(updates: Updates, mesh: jax.sharding.Mesh, state: State, key: Any, data: Any) -> Any:
+    """Traces updates for the devices of a mesh; a call takes the state away.
 
-    Raises:
-      FlagError: the step would take more memory than there is. An array that is too large is
-        found before anything is compiled.
+    State, key and data may be arrays or what `jax.ShapeDtypeStruct` says of them.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     out_shardings = (shardings, everywhere, everywhere, everywhere)
     jitted = jax.jit(updates, donate_argnums=0, out_shardings=out_shardings)
     with devices.use(mesh):
-        traced = jitted.trace(state, np.int32(0), key, data)
-        size, shape = devices.largest(traced.jaxpr.jaxpr)
-        devices.check_fits(f"an array {shape} in a step of training", size / mesh.size)
-        executable = traced.lower().compile()
+        return jitted.trace(state, np.int32(0), key, data)
+
+
+def compiled(updates: Updates, mesh: jax.sharding.Mesh, state: State, key: Any, data: Any) -> Any:
+    """Compiles updates for the devices of a mesh, see `traced`.
+
+    Raises:
+      FlagError: the step would take more memory than there is. An array that is too large is
+        found before anything is compiled.
+    """
+    program = traced(updates, mesh, state, key, data)
+    size, shape = devices.largest(program.jaxpr.jaxpr)
+    devices.check_fits(f"an array {shape} in a step of training", size / mesh.size)
+    with devices.use(mesh):
+        executable = program.lower().compile()
     sizes = executable.memory_analysis()
     if sizes is not None:
         taken = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes

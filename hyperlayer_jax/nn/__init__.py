@@ -2,46 +2,53 @@
 
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
 from hyperlayer_jax.nn.conv import SparseConv
-from hyperlayer_jax.nn.glimpse import (
-    GlimpseAttention,
-    Glimpses,
+from hyperlayer_jax.nn.exploring import explore
+from hyperlayer_jax.nn.glimpse import GlimpseAttention, Glimpses
+from hyperlayer_jax.nn.glimpse_baselines import (
     ReinforceGlimpses,
     SpatialTransformer,
-    affine_means,
-    bilinear,
-    box_means,
-    quad_means,
     reinforce_loss,
 )
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
-from hyperlayer_jax.nn.jumping import PlacedTuples, explore, jump, jumps, weakest
-from hyperlayer_jax.nn.positions import shorten_steps
+from hyperlayer_jax.nn.hypernetworks import ConvTuples, MLPTuples
+from hyperlayer_jax.nn.jumping import jump, jumps, weakest
+from hyperlayer_jax.nn.optim import shorten_steps
+from hyperlayer_jax.nn.sampler import Sampler
 from hyperlayer_jax.nn.sort import SoftQuicksort
-from hyperlayer_jax.nn.sparse import FreeTuples, SparseLinear
+from hyperlayer_jax.nn.sparse import SparseLinear
 from hyperlayer_jax.nn.transformer import TransformerLM, generate
+from hyperlayer_jax.nn.tuples import (
+    FixedTuples,
+    FreeTuples,
+    MeetingTuples,
+    PlacedTuples,
+    freeze,
+)
 
 __all__ = [
     "AttentionCache",
+    "ConvTuples",
+    "FixedTuples",
     "FreeTuples",
     "GlimpseAttention",
     "Glimpses",
     "HyperLayer",
+    "MLPTuples",
+    "MeetingTuples",
     "PlacedTuples",
     "ReinforceGlimpses",
+    "Sampler",
     "SoftQuicksort",
     "SparseConv",
     "SparseLinear",
     "SparseSelfAttention",
     "SpatialTransformer",
     "TransformerLM",
-    "affine_means",
-    "bilinear",
-    "box_means",
     "explore",
+    "freeze",
     "generate",
     "jump",
     "jumps",
-    "quad_means",
     "reinforce_loss",
     "shorten_steps",
     "weakest",

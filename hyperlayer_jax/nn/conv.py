@@ -10,7 +10,9 @@ from flax import nnx
 
 from hyperlayer_jax import checks, kernels
 from hyperlayer_jax.nn.candidates import num_candidates, unravel
-from hyperlayer_jax.nn.jumping import PlacedTuples, explore
+from hyperlayer_jax.nn.exploring import explore
+from hyperlayer_jax.nn.tuples import FixedTuples, PlacedTuples, check_positive
+from hyperlayer_jax.types import RowSparseTensor
 
 
 class SparseConv(nnx.Module):
@@ -25,7 +27,7 @@ class SparseConv(nnx.Module):
         self,
         in_features: int,
         out_features: int,
-        num_taps: int,
+        num_tuples: int,
         field: Sequence[int],
         *,
         strides: int | Sequence[int] = 1,
@@ -34,7 +36,6 @@ class SparseConv(nnx.Module):
         groups: int = 1,
         use_bias: bool = True,
         implementation: str | None = None,
-        deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
         """Makes the layer.
@@ -42,7 +43,7 @@ class SparseConv(nnx.Module):
         Args:
           in_features: channels of the input.
           out_features: channels of the output.
-          num_taps: k, the taps of each output channel.
+          num_tuples: k, the taps of each output channel.
           field: the axes of the field that taps lie in, one for each axis of the image.
           strides: input pixels from one output pixel to the next.
           dilation: input pixels from one place of the field to the next.
@@ -50,7 +51,6 @@ class SparseConv(nnx.Module):
           groups: parts of the channels; outputs only see the inputs of their part.
           use_bias: adds a learned [out_features], 0 at first.
           implementation: the kernel backend for what it serves, chosen by device where None.
-          deterministic: looks for no better places; for evaluation.
           rngs: the stream `params`.
 
         Raises:
@@ -72,10 +72,11 @@ class SparseConv(nnx.Module):
         self.implementation = implementation
         self.in_features, self.out_features = in_features, out_features
         space = (in_features // groups, *self.field)
-        scale = max(num_taps, 1) ** -0.5
-        self.taps = PlacedTuples((out_features,), num_taps, space, scale=scale, rngs=rngs)
+        scale = check_positive("num_tuples", num_tuples) ** -0.5
+        self.tuples: FixedTuples = PlacedTuples(
+            (out_features,), num_tuples, space, scale=scale, rngs=rngs
+        )
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else nnx.data(None)
-        self.deterministic = deterministic
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [*B, *image, in_features] to [*B, *image, out_features], of x's dtype."""
@@ -97,22 +98,22 @@ class SparseConv(nnx.Module):
         implementation = kernels.serving(self.implementation, "ell_spmm")
         flat = x.reshape(math.prod(batch), math.prod(image) * self.in_features).T
         look_up = functools.partial(self._inputs, image, out_image, [low for low, _ in pads])
-        values = self.taps.values[...].astype(x.dtype)
+        values = self.tuples.values[...].astype(x.dtype)
         rows = (*out_image, *values.shape)
-        entries = jnp.broadcast_to(values.reshape((1,) * rank + values.shape), rows)
+        entries = jnp.broadcast_to(values, rows)
         y = kernels.ell_spmm(
-            look_up(self.taps.indices()),
+            look_up(self.tuples.indices()),
             entries.reshape(math.prod(rows[:-1]), values.shape[-1]),
             flat,
             implementation=implementation,
         )
-        if not self.deterministic:
-            propose = functools.partial(_propose, look_up, self.taps.shape, implementation)
-            y = explore(propose, self.taps, flat, y)
+        if isinstance(self.tuples, PlacedTuples):
+            propose = functools.partial(_propose, look_up, self.tuples.shape, implementation)
+            y = explore(propose, self.tuples, flat, y)
         y = y.T.reshape(*batch, *out_image, self.out_features)
         if self.bias is None:
             return y
-        return y + self.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(y.ndim - 1))
 
     def _inputs(self, image, out_image, pads, taps):
         """Which entry of the image [*image, in_features] each output reads at taps [out, c, 1 + r].
@@ -123,25 +124,23 @@ class SparseConv(nnx.Module):
         index, inside = 0, True
         for axis, size in enumerate(image):
             start = jnp.arange(out_image[axis], dtype=jnp.int32) * self.strides[axis] - pads[axis]
-            start = start.reshape([-1 if a == axis else 1 for a in range(rank)] + [1, 1])
+            start = jnp.expand_dims(start, [a for a in range(rank + 2) if a != axis])
             offset = taps[..., 1 + axis] * self.dilation[axis]
-            place = start + offset.reshape((1,) * rank + offset.shape)
+            place = start + jnp.expand_dims(offset, range(rank))
             inside = inside & (place >= 0) & (place < size)
             index = index * size + place
         group = jnp.arange(self.out_features, dtype=jnp.int32) * self.groups // self.out_features
         channel = taps[..., 0] + (group * (self.in_features // self.groups))[:, None]
-        channel = channel.reshape((1,) * rank + channel.shape)
+        channel = jnp.expand_dims(channel, range(rank))
         index = jnp.where(inside, index * self.in_features + channel, -1)
         return index.reshape(-1, taps.shape[1])
 
-    def set_view(self, *, deterministic: bool | None = None):
-        """Called by `nnx.view`.
-
-        Args:
-          deterministic: looks for no better places.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
+    def weight(self) -> RowSparseTensor:
+        """The taps as a sparse tensor [out_features, in_features / groups, *field]."""
+        tuples = self.tuples
+        return RowSparseTensor(
+            tuples.indices(), tuples.values[...], (self.out_features,), tuples.shape
+        )
 
 
 def _propose(look_up, space, implementation, key, places, x, dy):

@@ -1,147 +1,23 @@
 """Jumps: weights of little use move to places where a weight would help (docs/sparse.md).
 
-Layers with `PlacedTuples` pass what they compute through `explore`, which in the steps that `jumps`
-asks for finds good places on the way back, from the gradient at places that are likely to be good.
-`jumps`, around an optimizer, then moves the weakest tuples there.
+Layers with `PlacedTuples` or `MeetingTuples` pass what they compute through `explore`, which in the
+steps that `jumps` asks for finds good places on the way back, from the gradient at places that are
+likely to be good. `jumps`, around an optimizer, then moves tuples there.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from hyperlayer_jax import checks
-from hyperlayer_jax.density import duplicate_mask
-from hyperlayer_jax.nn.candidates import unravel
-from hyperlayer_jax.types import IndexTuples
+from hyperlayer_jax.nn.tuples import MeetingTuples, PlacedTuples, check_positive
 
 # Of the mean of squared gradients from step to step.
 _DECAY = 0.98
-
-
-class PlacedTuples(nnx.Module):
-    """Index tuples at integer places, which are parameters: only `jumps` moves them."""
-
-    def __init__(
-        self,
-        chunks: Sequence[int],
-        num_tuples: int,
-        shape: Sequence[int],
-        *,
-        scale: float = 1.0,
-        rngs: nnx.Rngs,
-    ):
-        """Spreads places evenly over the index space, all different, each at random in its part.
-
-        Args:
-          chunks: the chunk axes of the tuples, () for a single chunk.
-          num_tuples: k, the tuples in a chunk.
-          shape: the r axes of the index space.
-          scale: the standard deviation of the first values.
-          rngs: the stream `params`.
-
-        Raises:
-          ValueError: there are fewer places than tuples, or an axis is too long for float32.
-        """
-        self.shape = checks.check_shape("shape", shape)
-        space = checks.check_size("shape", self.shape)
-        count = checks.check_count("num_tuples", num_tuples)
-        if count > space:
-            raise ValueError(f"num_tuples: got {count}, want at most {space}, one for each place")
-        if max(self.shape) > checks.FLOAT32_MAX:
-            raise ValueError(f"shape: got {self.shape}, want axes of at most {checks.FLOAT32_MAX}")
-        size = (*chunks, count)
-        edges = np.arange(count + 1, dtype=np.int64) * space // max(count, 1)
-        first, last = (
-            jnp.broadcast_to(jnp.asarray(e, jnp.int32), size) for e in (edges[:-1], edges[1:])
-        )
-        flat = jax.random.randint(rngs.params(), size, first, last, jnp.int32)
-        self.places = nnx.Param(unravel(flat, self.shape).astype(jnp.float32))
-        self.values = nnx.Param(jax.random.normal(rngs.params(), size) * scale)
-        # Not 0 in steps in which better places are looked for: seeds.
-        self.looks = nnx.Param(jnp.zeros(size))
-
-    def __call__(self, x: jax.Array | None = None) -> IndexTuples:
-        """Returns means [*chunks, k, r], sigmas of 0 and values [*chunks, k], whatever x is."""
-        places = self.indices().astype(jnp.float32)
-        return IndexTuples(places, jnp.zeros_like(places), self.values[...])
-
-    def indices(self) -> jax.Array:
-        """The places as int32 [*chunks, k, r]."""
-        return jnp.round(jax.lax.stop_gradient(self.places[...])).astype(jnp.int32)
-
-
-Propose = Callable[[jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, jax.Array]]
-
-
-def explore(propose: Propose, tuples: PlacedTuples, x: Any, y: jax.Array) -> jax.Array:
-    """Returns y, a layer's output for x; where asked to, looks for better places on the way back.
-
-    What it finds are the "gradients" of `tuples.places`, places [*chunks, k, r], the best first,
-    and of `tuples.looks`, the sizes [*chunks, k] of the gradients of weights there, 0 where there
-    is no place. (Flax hands on the scales of 8-bit floats in the same way.) While `tuples.looks` is
-    0 it does nothing.
-
-    Args:
-      propose: `(key, places, x, gradient of y) -> (candidates int32 [*chunks, c, r], gradients
-        [*chunks, c])`, the gradients those of weights at the candidates; c >= k.
-      tuples: of the layer.
-      x: arrays that the gradients depend on.
-      y: float array.
-    """
-    return _explore(propose, tuples.places[...], tuples.looks[...], x, y)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _explore(propose, places, looks, x, y):
-    return y
-
-
-def _explore_fwd(propose, places, looks, x, y):
-    return y, (places, looks, x)
-
-
-def _explore_bwd(propose, residuals, dy):
-    places, looks, x = residuals
-    seed = looks.ravel()[0] if looks.size else jnp.zeros(())
-
-    def look():
-        key = jax.random.key(jax.lax.bitcast_convert_type(seed, jnp.uint32))
-        return best(places, *propose(key, places, x, dy))
-
-    found = jax.lax.cond(seed != 0, look, lambda: (jnp.zeros_like(places), jnp.zeros_like(looks)))
-    return *found, None, dy
-
-
-_explore.defvjp(_explore_fwd, _explore_bwd)
-
-
-def best(
-    places: jax.Array, candidates: jax.Array, gradients: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The candidates of the largest gradients, chunk by chunk.
-
-    Args:
-      places: float32 [*B, k, r], taken: no candidate.
-      candidates: int32 [*B, c, r], c >= k.
-      gradients: float [*B, c].
-
-    Returns:
-      Different candidates, float32 [*B, k, r], and the sizes of their gradients, float32 [*B, k],
-      the largest first. Where there are no more whose gradient is not 0, sizes are 0.
-    """
-    k = places.shape[-2]
-    points = jnp.concatenate([jnp.round(places).astype(jnp.int32), candidates], -2)
-    copies = duplicate_mask(points)[..., k:]
-    sizes = jnp.where(copies, 0, jnp.abs(gradients.astype(jnp.float32)))
-    sizes, order = jax.lax.top_k(sizes, k)
-    chosen = jnp.take_along_axis(candidates, order[..., None], -2)
-    return chosen.astype(jnp.float32), sizes
 
 
 def weakest(key: jax.Array, usefulness: jax.Array, fraction: jax.Array | float) -> jax.Array:
@@ -228,11 +104,13 @@ def jumps(
 ) -> Any:
     """Makes an optimizer of Optax move weights of little use to places where they would help.
 
-    Every so many steps, the `fraction` of the k tuples of each chunk [k] that matter least (by the
-    size of the value times the root mean square of its gradient) have no value for one step. In
+    Every so many steps, of the k `PlacedTuples` of each chunk the `fraction` that matters least (by
+    the size of the value times the root mean square of its gradient) has no value for one step. In
     this step the layers' `explore` finds other places, and gradients decide: those of the largest
     have the tuples from then on. Tuples that stay get their values back. Those that jump start at
     0, as do the optimizer's moments of their values. The fraction decays to 0 like half a cosine.
+    Of `MeetingTuples`, in such a step, one that shares its place with another moves to where its
+    value would help (`meet`).
 
     It sees to the places by itself: `optimizer` gets neither them nor their gradients. Gradients
     must come as they are: whatever changes them (clipping, scaling, `optax.MultiSteps`) belongs
@@ -241,7 +119,7 @@ def jumps(
 
     Args:
       key: a PRNG key; with the number of the step, it decides what is random.
-      model: the module that is optimized, or one like it; it has layers with `PlacedTuples`.
+      model: the module that is optimized, or one like it; it has layers whose tuples can jump.
       optimizer: an `optax.GradientTransformation` for the parameters of the model.
       until: the step after which all stay; the rest of the training is for values alone.
       every: steps between looks. For one step in the middle of these, `every // 2` steps after a
@@ -254,16 +132,19 @@ def jumps(
     Raises:
       ValueError: an argument is out of range, or there is nothing in the model that could jump.
     """
-    if checks.check_count("every", every) < 1:
-        raise ValueError(f"every: got {every}, want at least 1")
+    check_positive("every", every)
     checks.check_count("until", until)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: got {fraction}, want a number in (0, 1]")
-    modules = nnx.iter_modules(model)
-    paths = [tuple(map(str, path)) for path, m in modules if isinstance(m, PlacedTuples)]
-    if not paths:
-        raise ValueError("model: got none with `PlacedTuples`, want a layer whose weights can jump")
-    hidden = dict.fromkeys((*path, name) for path in paths for name in ("places", "looks"))
+    modules = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    paths = [path for path, module in modules.items() if isinstance(module, PlacedTuples)]
+    meeting = {path: m for path, m in modules.items() if isinstance(m, MeetingTuples)}
+    every_path = [*paths, *meeting]
+    if not every_path:
+        raise ValueError(
+            "model: got none with `PlacedTuples` or `MeetingTuples`, want weights that can jump"
+        )
+    hidden = dict.fromkeys((*path, name) for path in every_path for name in ("jumped", "looks"))
 
     def select(tree, name):
         leaves = _leaves(tree)
@@ -271,6 +152,9 @@ def jumps(
 
     def at(name, leaves):
         return {(*path, name): leaf for path, leaf in zip(paths, leaves, strict=True)}
+
+    def means_of(leaves):
+        return {(*path, "means"): leaves[*path, "means"] for path in meeting}
 
     def looks(step):
         return (step % every == every // 2) & (step < until)
@@ -286,8 +170,8 @@ def jumps(
         )
 
     def update(updates, state, params, **extra):
-        step, doubtful = state.step, state.doubtful
-        places, values = select(params, "places"), select(params, "values")
+        step, doubtful, leaves = state.step, state.doubtful, _leaves(params)
+        places, values = select(params, "jumped"), select(params, "values")
         gradients = select(updates, "values")
         known = [jnp.where(d, 0, g) for d, g in zip(doubtful, gradients, strict=True)]
         changes, inner = optimizer.update(
@@ -296,14 +180,14 @@ def jumps(
             _replace(params, hidden),
             **extra,
         )
-        changes = select(changes, "values"), changes
+        changes = select(changes, "values"), _leaves(changes)
         squares = [
             jnp.where(d, s, _DECAY * s + (1 - _DECAY) * g.astype(jnp.float32) ** 2)
             for d, s, g in zip(doubtful, state.squares, gradients, strict=True)
         ]
 
         def decide():
-            better, sizes = select(updates, "places"), select(updates, "looks")
+            better, sizes = select(updates, "jumped"), select(updates, "looks")
             found = list(map(jump, places, gradients, doubtful, better, sizes))
             to, moved = ([pair[i] for pair in found] for i in range(2))
             back = [
@@ -313,16 +197,20 @@ def jumps(
                 )
             ]
             fresh = [jnp.where(m, 0, s) for m, s in zip(moved, squares, strict=True)]
-            return to, back, fresh, _reset(inner, at("values", moved))
+            means, masks = means_of(changes[1]), at("values", moved)
+            for name, change in means.items():
+                other = _leaves(updates)[*name[:-1], "jumped"]
+                means[name], masks[name] = meeting[name[:-1]].travel(leaves[name], change, other)
+            return to, back, fresh, means, _reset(inner, masks)
 
         def proceed():
             new = [
                 (value + change).astype(value.dtype)
                 for value, change in zip(values, changes[0], strict=True)
             ]
-            return places, new, squares, inner
+            return places, new, squares, means_of(changes[1]), inner
 
-        to, values_, squares, inner = jax.lax.cond(looks(step), decide, proceed)
+        to, values_, squares, means, inner = jax.lax.cond(looks(step), decide, proceed)
         first, *keys = jax.random.split(jax.random.fold_in(key, step), 1 + len(paths))
         next_ = looks(step + 1)
 
@@ -336,9 +224,10 @@ def jumps(
             return [weakest(k, use, part) for k, use in zip(keys, uses, strict=True)]
 
         doubtful = jax.lax.cond(next_, doubt, lambda: list(map(jnp.zeros_like, doubtful)))
-        seeds = jnp.where(next_, jax.random.uniform(first, (len(paths),), minval=0.5), 0)
+        seeds = jnp.where(next_, jax.random.uniform(first, (len(every_path),), minval=0.5), 0)
+        seeds = dict(zip(every_path, seeds, strict=True))
         own = (
-            at("places", map(jnp.subtract, to, places))
+            at("jumped", map(jnp.subtract, to, places))
             | at(
                 "values",
                 [
@@ -346,9 +235,11 @@ def jumps(
                     for d, new, old in zip(doubtful, values_, values, strict=True)
                 ],
             )
-            | at("looks", map(jnp.subtract, seeds, select(params, "looks")))
+            | {name: jnp.zeros_like(leaves[name]) for name in hidden if name[:-1] in meeting}
+            | {(*path, "looks"): seed - leaves[*path, "looks"] for path, seed in seeds.items()}
+            | means
         )
-        updates = _replace(updates, _leaves(changes[1]) | own)
+        updates = _replace(updates, changes[1] | own)
         return updates, JumpState(step + 1, squares, doubtful, values_, inner)
 
     return type(optimizer)(init, update)

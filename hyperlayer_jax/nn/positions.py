@@ -5,7 +5,7 @@ Each is made for an index space of `size` positions (tokens, or blocks of them),
 or in `FreeEntries` which row and column of the attention matrix.
 """
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,47 +19,58 @@ from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.transforms import per_axis, transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
 
-HIDDEN = 64
-# The widest of the first sigmas, as a part of the index space.
-_FIRST_SIGMA = 0.25
+_HIDDEN = 64
+# The widest of the first sigmas, as a part of the index space, and what a softplus of 1 stands for.
+_FIRST_SIGMA, _SIGMA_SCALE = 0.25, 0.1
 _MEAN_GAIN, _SIGMA_GAIN, _NETWORK_GAIN = 4.0, 8.0, 0.02
 # Where steps are kept short: how many sigmas a distance, and its sigma, move at most in one of size
 # 1, and the part that is left of those of a network.
 _LONGEST_STEP, _NETWORK_STEP = 3.0, 0.1
 
 
-def shorten_steps(model: nnx.Module) -> Callable[[Any, Any], Any]:
-    """Keeps found positions of a model's attention where they are, also with long steps.
+class PositionParam(nnx.Param):
+    """A parameter of a network of positions; `nn.shorten_steps` keeps its steps short."""
 
-    To stand behind an optimizer like Adam, as `optax.stateless(shorten_steps(model))`. Steps of
-    Adam are equally long, in parts of the space, all along: they throw a mean whose sigma has
-    become small off its place, and the farther the longer the space is. So a distance moves by no
-    more than three of its sigmas per unit of step size. Nor does a sigma: one that shrinks faster
-    than its distance can follow leaves it behind, out of reach of where it was going. Networks of
-    positions take steps a tenth as long: what they say of single tokens is noise while the distance
-    that tokens share is not found (docs/offset.md). `learned2d`, which has no distances, is left as
-    it is.
+    def step_factors(self, values: jax.Array) -> jax.Array | float:
+        """What updates are multiplied by where the parameter has these values."""
+        del values
+        return _NETWORK_STEP
 
-    Args:
-      model: the module that is optimized, or one like it.
 
-    Returns:
-      A function of the updates and the values of all parameters of the model, trees of [*B], that
-      returns the updates with those of distances and networks made shorter.
+class DistanceParam(PositionParam):
+    """Distances and their sigmas, [num_heads, k, 2], with the `line` that they are on."""
+
+    def step_factors(self, values: jax.Array) -> jax.Array:
+        """No distance and no sigma moves by more than three sigmas per unit of step size."""
+
+        def positions(values):
+            return jnp.concatenate(self.line.distances(_with_gains(values)), -1)
+
+        places, slopes = jax.jvp(positions, [values], [jnp.ones_like(values)])
+        longest = _LONGEST_STEP * places[..., 1:]
+        return longest / jnp.maximum(slopes, longest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """The index space of distances.
+
+    Attributes:
+      size: its length.
+      causal: looks back alone, otherwise either way.
+      min_sigma: the smallest sigma, in positions.
     """
-    modules = [(tuple(map(str, path)), module) for path, module in nnx.iter_modules(model)]
-    free = {(*path, "parameters"): m for path, m in modules if isinstance(m, FreePositions)}
-    networks = [path for path, module in modules if isinstance(module, LearnedPositions)]
 
-    def shorten(path, update, param):
-        names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-        names = names[:-1] if names[-1] == "value" else names
-        if names in free:
-            return update * free[names].step_factors(param)
-        in_network = any(names[: len(network)] == network for network in networks)
-        return update * _NETWORK_STEP if in_network else update
+    size: int
+    causal: bool
+    min_sigma: float
 
-    return lambda updates, params: jax.tree_util.tree_map_with_path(shorten, updates, params)
+    def distances(self, raw: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Distances and sigmas [*B, k, 1] of raw positions [*B, k, 2]."""
+        distances = transform_means(raw[..., :1], (self.size,))
+        if not self.causal:
+            distances = 2 * distances - (self.size - 1)
+        return distances, _sigmas(raw[..., 1], (self.size,), self.min_sigma)
 
 
 class FreePositions(nnx.Module):
@@ -83,7 +94,7 @@ class FreePositions(nnx.Module):
           causal: looks back alone, otherwise either way.
           min_sigma: the smallest sigma, in positions.
         """
-        self.size, self.causal, self.min_sigma = size, causal, min_sigma
+        self.line = Line(size, causal, min_sigma)
         count = num_tuples * num_heads
         place = (np.arange(count) + 0.5).reshape(num_tuples, num_heads).T
         share, space = (place / count) ** 2, 2 * place / count**2
@@ -91,43 +102,26 @@ class FreePositions(nnx.Module):
             share = (1 + share * np.where(np.arange(num_tuples) % 2, 1, -1)) / 2
         means = logit(jnp.asarray(share, jnp.float32)) / _MEAN_GAIN
         sigmas = _raw_sigmas(np.minimum(space, _FIRST_SIGMA))
-        self.parameters = nnx.Param(jnp.stack([means, sigmas], -1))
+        self.parameters = DistanceParam(jnp.stack([means, sigmas], -1), line=self.line)
 
     def raw(self) -> jax.Array:
-        """Means and sigmas before they are brought into range: float32 [num_heads, 1, k, 2]."""
-        return _with_gains(self.parameters[...])[:, None]
-
-    def step_factors(self, parameters: jax.Array) -> jax.Array:
-        """What `shorten_steps` multiplies updates of `parameters` [num_heads, k, 2] by."""
-
-        def positions(parameters):
-            return jnp.concatenate(self._distances(_with_gains(parameters)), -1)
-
-        values, slopes = jax.jvp(positions, [parameters], [jnp.ones_like(parameters)])
-        longest = _LONGEST_STEP * values[..., 1:]
-        return longest / jnp.maximum(slopes, longest)
+        """Means and sigmas before they are brought into range: float32 [1, num_heads, 1, k, 2]."""
+        return _with_gains(self.parameters[...])[None, :, None]
 
     def tuples(self, raw: jax.Array, rows: jax.Array) -> IndexTuples:
         """Index tuples for tokens at given positions (equation 13 of docs/method.md).
 
         Args:
-          raw: float32 [*B, num_heads, R, k, 2], like `raw()`, or with something added.
+          raw: float32 [B, num_heads, R, k, 2], like `raw()`, or with something added.
           rows: int32 [R], the positions of the tokens.
 
         Returns:
-          Means and sigmas [*B, num_heads, R, k, 1], values of 1. A mean may lie outside of the
+          Means and sigmas [B, num_heads, R, k, 1], values of 1. A mean may lie outside of the
           index space, on the side on which a point at the border is near.
         """
-        distances, sigmas = self._distances(raw)
-        rows = rows.astype(raw.dtype).reshape((1,) * (raw.ndim - 3) + (-1, 1, 1))
+        distances, sigmas = self.line.distances(raw)
+        rows = rows.astype(raw.dtype)[None, None, :, None, None]
         return IndexTuples(rows - distances, sigmas, jnp.ones_like(raw[..., 1]))
-
-    def _distances(self, raw):
-        """Distances and sigmas [*B, k, 1] of raw positions [*B, k, 2]."""
-        distances = transform_means(raw[..., :1], (self.size,))
-        if not self.causal:
-            distances = 2 * distances - (self.size - 1)
-        return distances, transform_sigmas(raw[..., 1], (self.size,), minimum=self.min_sigma)
 
 
 class LearnedPositions(nnx.Module):
@@ -138,81 +132,105 @@ class LearnedPositions(nnx.Module):
     mostly noise, which would drown what is common to all tokens, and what these are.
     """
 
-    def __init__(
-        self,
-        features: int,
-        num_heads: int,
-        num_tuples: int,
-        size: int,
-        *,
-        causal: bool,
-        min_sigma: float,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, features: int, free: FreePositions, *, rngs: nnx.Rngs):
         """Makes the network.
 
         Args:
           features: E, of a token.
-          num_heads: see `FreePositions`, as the following.
-          num_tuples: k.
-          size: the length of the index space.
-          causal: looks back alone.
-          min_sigma: the smallest sigma, in positions.
+          free: where it starts.
           rngs: the stream `params`.
         """
-        self.free = FreePositions(num_heads, num_tuples, size, causal=causal, min_sigma=min_sigma)
+        self.free = free
         # Weights are kept large, and what they give is made smaller, so that steps are short.
         large = nnx.initializers.variance_scaling(1 / _NETWORK_GAIN**2, "fan_in", "normal")
-        self.token = TokenLinear(features, HIDDEN, kernel_init=large, rngs=rngs)
-        self.others = TokenLinear(features, HIDDEN, use_bias=False, kernel_init=large, rngs=rngs)
-        self.place = nnx.Param(jax.random.normal(rngs.params(), (HIDDEN,)) / _NETWORK_GAIN)
-        self.out = TokenLinear(
-            HIDDEN,
-            num_heads * num_tuples * 2,
-            use_bias=False,
-            kernel_init=nnx.initializers.zeros,
-            rngs=rngs,
+        zeros = nnx.initializers.zeros
+        heads, tuples, _ = free.parameters.shape
+        self.token_proj = _Linear(features, _HIDDEN, kernel_init=large, rngs=rngs)
+        self.context_proj = _Linear(features, _HIDDEN, use_bias=False, kernel_init=large, rngs=rngs)
+        self.place = PositionParam(jax.random.normal(rngs.params(), (_HIDDEN,)) / _NETWORK_GAIN)
+        self.out_proj = _Linear(
+            _HIDDEN, heads * tuples * 2, use_bias=False, kernel_init=zeros, rngs=rngs
         )
 
-    def read(self, x: jax.Array) -> jax.Array:
-        """What the network sees of tokens [*B, E] that are not its own, to be averaged: float32."""
-        return self.others(jax.lax.stop_gradient(x.astype(jnp.float32)))
+    def context_mean(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """What the network reads of the tokens x [B, T, E] that each may see: [B, T, HIDDEN].
 
-    def raw(self, x: jax.Array, others: jax.Array, rows: jax.Array) -> jax.Array:
+        Args:
+          x: whole sequences.
+          mask: bool [B, T], the tokens that exist; all where None.
+        """
+        exists = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
+        read = self._read(x) * exists[..., None]
+        if self.free.line.causal:
+            total, count = _running_sum(read), _running_sum(exists)
+        else:
+            total, count = read.sum(1, keepdims=True), exists.sum(1, keepdims=True)
+        return jnp.broadcast_to(total / jnp.maximum(count, 1)[..., None], read.shape)
+
+    def init_cache(self, batch: int) -> jax.Array:
+        """What `extend` needs of no tokens: the sum of what is read of them, [B, HIDDEN]."""
+        return jnp.zeros((batch, _HIDDEN))
+
+    def extend(
+        self, x: jax.Array, rows: jax.Array, total: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """`context_mean` of tokens x [B, T, E] at `rows` int32 [T], and the sum with them in it."""
+        sums = total[:, None] + _running_sum(self._read(x))
+        return sums / (rows + 1).astype(sums.dtype)[None, :, None], sums[:, -1]
+
+    def raw(self, x: jax.Array, context_mean: jax.Array, rows: jax.Array) -> jax.Array:
         """Raw positions of tokens x [B, R, E] at `rows` int32 [R]: float32 [B, num_heads, R, k, 2].
 
         Args:
           x: float [B, R, E].
-          others: float32 [B, R, HIDDEN], means of what `read` returned.
+          context_mean: float32 [B, R, HIDDEN].
           rows: int32 [R].
         """
-        batch, length, _ = x.shape
-        place = rows.astype(jnp.float32)[:, None] / self.free.size * self.place[...][None]
-        token = self.token(jax.lax.stop_gradient(x.astype(jnp.float32)))
-        hidden = _NETWORK_GAIN * (token + others + place[None])
+        place = rows.astype(jnp.float32)[:, None] / self.free.line.size * self.place[...][None]
+        token = self.token_proj(_float32(x))
+        hidden = _NETWORK_GAIN * (token + context_mean + place[None])
         heads, tuples, _ = self.free.parameters.shape
-        out = self.out(jax.nn.gelu(hidden)).reshape(batch, length, heads, tuples, 2)
-        return _NETWORK_GAIN * jnp.moveaxis(out, 2, 1) + self.free.raw()[None]
+        out = self.out_proj(jax.nn.gelu(hidden)).reshape(*x.shape[:2], heads, tuples, 2)
+        return _NETWORK_GAIN * jnp.moveaxis(out, 2, 1) + self.free.raw()
+
+    def tuples(self, x: jax.Array, context_mean: jax.Array, rows: jax.Array) -> IndexTuples:
+        """Index tuples of the arguments of `raw`: means and sigmas [B, num_heads, R, k, 1]."""
+        return self.free.tuples(self.raw(x, context_mean, rows), rows)
+
+    def _read(self, x):
+        return self.context_proj(_float32(x))
+
+
+class _Linear(TokenLinear):
+    """A layer of a network of positions."""
+
+    def __init__(self, *sizes: int, **options: Any):
+        super().__init__(*sizes, **options)
+        for name in ("kernel", "bias"):
+            if (param := getattr(self, name)) is not None:
+                setattr(self, name, PositionParam(param[...]))
 
 
 class FreeEntries(nnx.Module):
     """Entries of the attention matrix, of which row and column are both parameters.
 
-    Every row begins with `num_tuples` entries, at the distances of `FreePositions`; all of them are
-    free to leave it.
+    Every row begins with as many entries as there are tuples of `FreePositions`, at its distances;
+    all of them are free to leave it.
     """
 
-    def __init__(
-        self, num_heads: int, num_tuples: int, size: int, *, causal: bool, min_sigma: float
-    ):
-        """Makes the parameters; see `FreePositions`."""
-        free = FreePositions(num_heads, num_tuples, size, causal=causal, min_sigma=min_sigma)
+    def __init__(self, free: FreePositions):
+        """Makes the parameters.
+
+        Args:
+          free: where they start.
+        """
+        size = free.line.size
         rows = jnp.arange(size, dtype=jnp.int32)
-        columns = jnp.clip(free.tuples(free.raw(), rows).means[..., 0], 0, size - 1)
+        columns = jnp.clip(free.tuples(free.raw(), rows).means[0, ..., 0], 0, size - 1)
         rows = jnp.broadcast_to(rows.astype(jnp.float32)[None, :, None], columns.shape)
         # Half an index from either end, where the sigmoid is flat.
         share = (jnp.stack([rows, columns], -1) + 0.5) / size
-        self.size, self.min_sigma = size, min_sigma
+        self.size, self.min_sigma = size, free.line.min_sigma
         self.means = nnx.Param(logit(share) / _MEAN_GAIN)
         self.sigmas = nnx.Param(_raw_sigmas(np.full(columns.shape, _FIRST_SIGMA)))
 
@@ -220,7 +238,7 @@ class FreeEntries(nnx.Module):
         """Means and sigmas [num_heads, size, k, 2], values of 1: a chunk for each row."""
         means = materialize(jax.nn.sigmoid(self.means[...] * _MEAN_GAIN)) * self.size - 0.5
         raw = self.sigmas[...] * _SIGMA_GAIN
-        sigmas = transform_sigmas(raw, (self.size, self.size), minimum=self.min_sigma)
+        sigmas = _sigmas(raw, (self.size, self.size), self.min_sigma)
         return IndexTuples(means, sigmas, jnp.ones_like(raw))
 
 
@@ -229,6 +247,20 @@ def _with_gains(parameters: jax.Array) -> jax.Array:
     return parameters * per_axis([_MEAN_GAIN, _SIGMA_GAIN], parameters).astype(np.float32)
 
 
+def _sigmas(raw, shape, min_sigma):
+    return transform_sigmas(raw, shape, scale=_SIGMA_SCALE, minimum=min_sigma)
+
+
 def _raw_sigmas(share: np.ndarray) -> jax.Array:
-    """Parameters whose sigmas are these parts of the index space (equation 3 of docs/method.md)."""
-    return jnp.asarray(np.log(np.expm1(10 * share)) / _SIGMA_GAIN, jnp.float32)
+    """Parameters whose sigmas are these parts of the index space: the inverse of `_sigmas`."""
+    return jnp.asarray(np.log(np.expm1(share / _SIGMA_SCALE)) / _SIGMA_GAIN, jnp.float32)
+
+
+def _running_sum(x: jax.Array) -> jax.Array:
+    """The sum over axis 1 up to each place."""
+    return jax.lax.associative_scan(jnp.add, x, axis=1)
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    """Tokens as the network reads them, which gives them no gradient."""
+    return jax.lax.stop_gradient(x.astype(jnp.float32))

@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 
+from hyperlayer_jax.nn.sampler import stream
 from hyperlayer_jax.sort import SoftSort, soft_quicksort
 
 
@@ -31,7 +32,7 @@ class SoftQuicksort(nnx.Module):
         self.certainty = certainty
         self.proposal = proposal
         self.deterministic = deterministic
-        self.rngs = rngs["sample"].fork()
+        self.rngs = stream(rngs, "sample")
 
     def __call__(
         self, x: jax.Array, scores: jax.Array, lengths: jax.Array | None = None

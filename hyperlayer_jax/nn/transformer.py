@@ -13,20 +13,12 @@ from hyperlayer_jax import checks
 from hyperlayer_jax.kernels import in_bounds
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
 from hyperlayer_jax.nn.linear import TokenLinear
+from hyperlayer_jax.nn.patterns import PATTERNS
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
 Positions = Literal["rotary", "learned", "none"]
 
-KINDS = {
-    "l": "learned",
-    "s": "static",
-    "2": "learned2d",
-    "t": "strided",
-    "w": "window",
-    "b": "block",
-    "d": "dense",
-}
-
+LETTERS = {pattern.letter: name for name, pattern in PATTERNS.items()}
 
 # A lower temperature is none: logits over it would overflow.
 _COLDEST = 1e-30
@@ -76,8 +68,8 @@ class TransformerLM(nnx.Module):
         Raises:
           ValueError: a letter or `positions` is unknown, or a size is out of range.
         """
-        if not layers or not set(layers) <= set(KINDS):
-            known = ", ".join(f"{letter} ({kind})" for letter, kind in KINDS.items())
+        if not layers or not set(layers) <= set(LETTERS):
+            known = ", ".join(f"{letter} ({kind})" for letter, kind in LETTERS.items())
             raise ValueError(f"layers: got {layers!r}, want one letter for each layer of {known}")
         if positions not in typing.get_args(Positions):
             names = ", ".join(map(repr, typing.get_args(Positions)))
@@ -94,7 +86,7 @@ class TransformerLM(nnx.Module):
                         features,
                         num_heads,
                         max_length,
-                        pattern=KINDS[letter],
+                        pattern=LETTERS[letter],
                         causal=True,
                         rotary=positions == "rotary",
                         dtype=dtype,
@@ -194,8 +186,8 @@ class _Block(nnx.Module):
         self.norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
         self.attention = attention
         self.second_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
-        self.widen = TokenLinear(features, hidden, dtype=dtype, rngs=rngs)
-        self.narrow = TokenLinear(hidden, features, dtype=dtype, rngs=rngs)
+        self.up_proj = TokenLinear(features, hidden, dtype=dtype, rngs=rngs)
+        self.down_proj = TokenLinear(hidden, features, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, x, mask):
@@ -207,7 +199,7 @@ class _Block(nnx.Module):
 
     def _finish(self, x, attended):
         x = x + self.dropout(attended)
-        return x + self.dropout(self.narrow(nnx.gelu(self.widen(self.second_norm(x)))))
+        return x + self.dropout(self.down_proj(nnx.gelu(self.up_proj(self.second_norm(x)))))
 
 
 def generate(

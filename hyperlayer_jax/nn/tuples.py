@@ -1,0 +1,224 @@
+"""Index tuples that do not depend on the input: fixed, free, and such as jump (docs/sparse.md)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hyperlayer_jax import checks
+from hyperlayer_jax.hyperlayer import round_tuples
+from hyperlayer_jax.nn.candidates import unravel
+from hyperlayer_jax.sampling import round_means
+from hyperlayer_jax.transforms import per_axis, transform_means, transform_sigmas
+from hyperlayer_jax.types import IndexTuples
+
+
+class FixedTuples(nnx.Module):
+    """Index tuples at integer places that nothing moves; their values are parameters."""
+
+    def __init__(self, places: jax.Array, values: jax.Array, shape: Sequence[int]):
+        """Puts values [*chunks, k] at places int32 [*chunks, k, r] of an index space `shape`."""
+        self.shape = checks.check_shape("shape", shape)
+        self.places = nnx.Variable(places)
+        self.values: nnx.Variable = nnx.Param(values)
+
+    def __call__(self, x: jax.Array | None = None) -> IndexTuples:
+        """Returns means [*chunks, k, r], sigmas of 0 and values [*chunks, k], whatever x is."""
+        places = self.indices().astype(jnp.float32)
+        return IndexTuples(places, jnp.zeros_like(places), self.values[...])
+
+    def indices(self) -> jax.Array:
+        """The places as int32 [*chunks, k, r]."""
+        return self.places[...]
+
+    def freeze(self) -> "FixedTuples":
+        """The same places, from now on fixed, and values to train."""
+        return FixedTuples(self.indices(), self.values[...], self.shape)
+
+
+class FreeTuples(nnx.Module):
+    """Index tuples that are parameters: a hypernetwork that does not look at its input."""
+
+    def __init__(
+        self,
+        chunks: Sequence[int],
+        num_tuples: int,
+        shape: Sequence[int],
+        *,
+        values: float | None = None,
+        sigma_scale: float = 0.1,
+        min_sigma: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        """Spreads the means at random over the index space.
+
+        Args:
+          chunks: the chunk axes of the tuples, () for a single chunk.
+          num_tuples: k, the tuples in a chunk.
+          shape: the r axes of the index space.
+          values: the value of every tuple, fixed; learned, from a normal distribution, where None.
+          sigma_scale: see `transform_sigmas`.
+          min_sigma: the smallest sigma, in indices.
+          rngs: the stream `params` draws the initial means and values.
+
+        Raises:
+          ValueError: a shape or number is out of range.
+        """
+        self.shape = checks.check_shape("shape", shape)
+        size = (*chunks, check_positive("num_tuples", num_tuples))
+        start = jax.random.uniform(
+            rngs.params(), (*size, len(self.shape)), minval=0.02, maxval=0.98
+        )
+        self.means = nnx.Param(jnp.log(start) - jnp.log1p(-start))
+        self.sigmas = nnx.Param(jnp.zeros(size))
+        self.values: nnx.Variable
+        if values is None:
+            self.values = nnx.Param(jax.random.normal(rngs.params(), size) * num_tuples**-0.5)
+        else:
+            self.values = nnx.Variable(jnp.full(size, values, jnp.float32))
+        self.sigma_scale = sigma_scale
+        self.min_sigma = min_sigma
+
+    def __call__(self, x: jax.Array | None = None) -> IndexTuples:
+        """Returns means and sigmas [*chunks, k, r] and values [*chunks, k], whatever x is."""
+        return self.emit(self.means[...], self.sigmas[...], self.values[...])
+
+    def emit(self, means: jax.Array, sigmas: jax.Array, values: jax.Array) -> IndexTuples:
+        """Tuples from raw means [*B, k, r] and sigmas [*B, k], and values [*B, k]."""
+        sigmas = transform_sigmas(
+            sigmas, self.shape, scale=self.sigma_scale, minimum=self.min_sigma
+        )
+        return IndexTuples(transform_means(means, self.shape), sigmas, values)
+
+    def freeze(self) -> FixedTuples:
+        """Where the means round to, from now on fixed, and values to train."""
+        return FixedTuples(*round_tuples(FreeTuples.__call__(self), self.shape), self.shape)
+
+
+class PlacedTuples(FixedTuples):
+    """Index tuples at integer places, from which only `jumps` moves them.
+
+    Where tuples have jumped to are parameters, 0 before, in homogeneous coordinates: (w place, w).
+    So no optimizer moves a place that has no gradient, weight decay included.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[int],
+        num_tuples: int,
+        shape: Sequence[int],
+        *,
+        scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        """Spreads places evenly over the index space, all different, each at random in its part.
+
+        Args:
+          chunks: the chunk axes of the tuples, () for a single chunk.
+          num_tuples: k, the tuples in a chunk.
+          shape: the r axes of the index space.
+          scale: the standard deviation of the first values.
+          rngs: the stream `params`.
+
+        Raises:
+          ValueError: there are fewer places than tuples, or an axis is too long for float32.
+        """
+        shape = checks.check_shape("shape", shape)
+        space = checks.check_size("shape", shape)
+        count = check_positive("num_tuples", num_tuples)
+        if count > space:
+            raise ValueError(f"num_tuples: got {count}, want at most {space}, one for each place")
+        if max(shape) > checks.FLOAT32_MAX:
+            raise ValueError(f"shape: got {shape}, want axes of at most {checks.FLOAT32_MAX}")
+        size = (*chunks, count)
+        edges = np.arange(count + 1, dtype=np.int64) * space // count
+        first, last = (
+            jnp.broadcast_to(jnp.asarray(e, jnp.int32), size) for e in (edges[:-1], edges[1:])
+        )
+        flat = jax.random.randint(rngs.params(), size, first, last, jnp.int32)
+        values = jax.random.normal(rngs.params(), size) * scale
+        super().__init__(unravel(flat, shape), values, shape)
+        self.jumped = nnx.Param(jnp.zeros((*size, len(shape) + 1)))
+        # Not 0 in steps in which better places are looked for: seeds.
+        self.looks = nnx.Param(jnp.zeros(size))
+        self.deterministic = False
+
+    def indices(self) -> jax.Array:
+        """The places as int32 [*chunks, k, r]."""
+        jumped = jax.lax.stop_gradient(self.jumped[...])
+        whole = jnp.round(jumped[..., :-1] / jnp.where(jumped[..., -1:] == 0, 1, jumped[..., -1:]))
+        return jnp.where(jumped[..., -1:] == 0, self.places[...], whole.astype(jnp.int32))
+
+    def set_view(self, *, deterministic: bool | None = None):
+        """Called by `nnx.view`.
+
+        Args:
+          deterministic: looks for no better places.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+class MeetingTuples(FreeTuples):
+    """Free tuples of a fixed value. With `jumps`, one that meets another goes to a better place."""
+
+    def __init__(
+        self, chunks: Sequence[int], num_tuples: int, shape: Sequence[int], **options: Any
+    ):
+        """As `FreeTuples`."""
+        super().__init__(chunks, num_tuples, shape, **options)
+        self.value = float(options["values"])
+        # What a look finds: see `explore`.
+        self.jumped = nnx.Param(jnp.zeros((*self.sigmas.shape, len(self.shape) + 1)))
+        self.looks = nnx.Param(jnp.zeros(self.sigmas.shape))
+        self.deterministic = False
+
+    def indices(self) -> jax.Array:
+        """Where the means round to, int32 [*chunks, k, r]."""
+        return round_means(jax.lax.stop_gradient(self().means), self.shape)
+
+    def travel(
+        self, means: jax.Array, change: jax.Array, found: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Which changes of raw means [*chunks, k, r] to make, and of which tuples they are jumps.
+
+        Args:
+          means: the raw means.
+          change: of them, by an optimizer.
+          found: places with a 1 behind for tuples that jump, 0 for others [*chunks, k, r + 1].
+        """
+        whole = (found == jnp.round(found)).all(-1, keepdims=True)
+        jump = jnp.broadcast_to((found[..., -1:] == 1) & whole, means.shape)
+        # Not quite the first index or the last, which are infinitely far away.
+        last = per_axis(np.maximum(np.asarray(self.shape, np.float32) - 1, 0.5), means)
+        part = jnp.clip(found[..., :-1], 0.25, last - 0.25) / last
+        new = jnp.log(part) - jnp.log1p(-part) - means
+        return jnp.where(jump, new.astype(means.dtype), change), jump
+
+    set_view = PlacedTuples.set_view
+
+
+def freeze(model: Any) -> Any:
+    """A copy of a model whose sparse layers keep their weights where evaluation has them.
+
+    Values stay parameters, to train on; any optimizer leaves the places alone.
+
+    Args:
+      model: a module, such as a `SparseLinear` or `SparseConv`, or one that has some.
+    """
+    model = nnx.clone(model)
+    for _, module in list(nnx.iter_modules(model)):
+        tuples = getattr(module, "tuples", None)
+        if isinstance(tuples, FixedTuples | FreeTuples):
+            module.tuples = tuples.freeze()
+    return model
+
+
+def check_positive(name: str, count: int) -> int:
+    """Returns `count` as an int >= 1."""
+    if checks.check_count(name, count) < 1:
+        raise ValueError(f"{name}: got {count}, want at least 1")
+    return count

@@ -1,0 +1,180 @@
+"""What `train.transformer` can be told, and the model that this describes."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from hyperlayer_jax.nn import Sampler, SparseSelfAttention, TransformerLM
+from hyperlayer_jax.nn.patterns import PATTERNS
+from train import launcher, text
+
+# What each task begins with.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "text": {
+        "layers": "wwwl", "positions": "rotary", "length": 256, "features": 128, "num_heads": 4,
+        "num_tuples": 4, "num_global": 2, "steps": 1000, "learning_rate": 3e-3,
+    },
+    "offset": {
+        "layers": "s", "positions": "none", "features": 32, "num_heads": 1, "num_tuples": 2,
+        "num_global": 32, "steps": 4000, "learning_rate": 1e-2,
+    },
+}  # fmt: skip
+NUM_TOKENS = {"text": text.NUM_BYTES, "offset": 64}
+
+
+def _by_task(name: str, help: str, **options: Any) -> Any:
+    """A flag whose default goes by the task."""
+    values = [f"{defaults[name]} for {task}" for task, defaults in _DEFAULTS.items()]
+    return launcher.flag(
+        lambda config: _DEFAULTS[config.task][name],
+        f"{help} By default {', '.join(values)}.",
+        **options,
+    )
+
+
+def _length(config: "Config") -> int:
+    quarter_more = 64 * math.ceil(1.25 * config.offset / 64)
+    return _DEFAULTS[config.task].get("length", quarter_more)
+
+
+def _with(option: str) -> dict[str, Any]:
+    """That one of the layers has a pattern with this option."""
+    letters = {pattern.letter for pattern in PATTERNS.values() if hasattr(pattern, option)}
+    return {"layers": lambda layers: not letters.isdisjoint(layers)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(launcher.Config):
+    """What to predict, and with what."""
+
+    has_sequences: ClassVar[bool] = True
+    # Dense attention is that of JAX.
+    kernels_only: ClassVar[dict[str, Any]] = {"layers": lambda layers: set(layers) != {"d"}}
+
+    task: Literal["text", "offset"] = launcher.flag("text", "What to predict.")
+    corpus: str = launcher.flag(
+        "stdlib",
+        "stdlib (the sources of Python's standard library), a text file, a folder of them, or the "
+        "name of a set of tensorflow-datasets with a feature called text.",
+        only={"task": ["text"]},
+    )
+    data_dir: str | None = launcher.flag(
+        None, "Where tensorflow-datasets keeps its sets.", only={"task": ["text"]}, fixed=False
+    )
+    offset: int = launcher.flag(
+        100, "How far back the offset task asks.", minimum=1, below=2**24, only={"task": ["offset"]}
+    )
+    layers: str = _by_task(
+        "layers",
+        "A letter for each layer: "
+        + ", ".join(f"{pattern.letter} {name}" for name, pattern in PATTERNS.items())
+        + ".",
+    )
+    positions: Literal["rotary", "learned", "none"] = _by_task(
+        "positions", "How layers know the place of a token."
+    )
+    length: int = launcher.flag(
+        _length,
+        "Tokens in an example. By default 256 for text, and for the offset task a quarter more "
+        "than the offset, in multiples of 64.",
+        minimum=2,
+        below=2**24,
+    )
+    features: int = _by_task("features", "Width of the model.", minimum=1, below=2**16)
+    num_heads: int = _by_task("num_heads", "Heads of attention.", minimum=1, below=2**12)
+    num_tuples: int = _by_task(
+        "num_tuples",
+        "Learned positions per token and head.",
+        minimum=1,
+        below=2**12,
+        only=_with("num_tuples"),
+    )
+    num_global: int = _by_task(
+        "num_global",
+        "Points per position drawn from all.",
+        minimum=0,
+        below=2**16,
+        only=_with("num_tuples"),
+    )
+    num_local: int = launcher.flag(
+        2, "Points per position drawn near it.", minimum=0, below=2**16, only=_with("num_tuples")
+    )
+    region: int = launcher.flag(
+        8, "Positions that count as near.", minimum=1, only=_with("num_tuples")
+    )
+    window: int = launcher.flag(8, "Tokens that a window sees.", minimum=1, only=_with("window"))
+    stride: int = launcher.flag(
+        8,
+        "One token in so many looks back in a strided layer.",
+        minimum=1,
+        only=_with("stride"),
+    )
+    block: int = launcher.flag(32, "Tokens in a block.", minimum=1, only=_with("block"))
+    dropout: float = launcher.flag(
+        0.0, "Share of outputs dropped in training.", minimum=0.0, below=1
+    )
+    bfloat16: bool = launcher.flag(False, "Computes in bfloat16.")
+    steps: int = _by_task("steps", "Number of updates.", minimum=1)
+    batch_size: int = launcher.flag(8, "Examples in an update.", minimum=1, below=2**20)
+    learning_rate: float = _by_task("learning_rate", "Highest step size.", above=0)
+    warmup: int = launcher.flag(
+        100, "Updates until the step size is highest; a tenth of --steps at most.", minimum=0
+    )
+    clip: float = launcher.flag(1.0, "Largest norm of a gradient.", above=0)
+    temperature: float = launcher.flag(
+        0.7, "Of the continuations that are drawn.", minimum=0.0, only={"task": ["text"]}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_tuples > self.length:
+            raise ValueError(
+                f"--num_tuples must be at most --length={self.length}, got {self.num_tuples}"
+            )
+        if self.task == "offset" and self.offset >= self.length:
+            raise ValueError(f"--offset must be below --length={self.length}, got {self.offset}")
+        try:
+            nnx.eval_shape(lambda: make_model(self))
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
+
+
+def make_model(config: Config) -> TransformerLM:
+    """Makes the model that a config describes."""
+    return TransformerLM(
+        NUM_TOKENS[config.task],
+        config.features,
+        config.num_heads,
+        config.length,
+        layers=config.layers,
+        positions=config.positions,
+        attention=functools.partial(_attention, config),
+        dropout=config.dropout,
+        dtype=jnp.bfloat16 if config.bfloat16 else None,
+        rngs=nnx.Rngs(config.seed),
+    )
+
+
+def _attention(
+    config: Config, *sizes: int, pattern: str, rngs: nnx.Rngs, **options: Any
+) -> SparseSelfAttention:
+    """The attention of one layer: flags that are options of its pattern reach this."""
+    kind = PATTERNS[pattern]
+    own = {field.name for field in dataclasses.fields(kind)} & set(vars(config))
+    return SparseSelfAttention(
+        *sizes,
+        pattern=dataclasses.replace(kind, **{name: getattr(config, name) for name in own}),
+        sampler=Sampler(
+            num_global=config.num_global,
+            num_local=config.num_local,
+            region=config.region,
+            rngs=rngs,
+        ),
+        implementation=config.implementation,
+        rngs=rngs,
+        **options,
+    )
