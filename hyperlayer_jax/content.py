@@ -68,10 +68,10 @@ def content_points(
 def _densities(coordinates, means, sigmas, indices):
     """The summed densities of the keys at `indices`, 0 for copies and where there is none."""
     found = _at(coordinates, jnp.maximum(indices, 0))
-    distances = (found - means[:, None]) / sigmas
+    distances = (found - means[:, None]) / sigmas[None, None]
     weights = jnp.exp(-0.5 * distances**2).sum(-1)
     earlier = jnp.tril(jnp.ones((indices.shape[-1],) * 2, bool), -1)
-    copies = ((indices[:, :, None] == indices[:, None]) & earlier).any(-1)
+    copies = ((indices[:, :, None] == indices[:, None]) & earlier[None]).any(-1)
     return jnp.where((indices < 0) | copies, 0, weights)
 
 

@@ -29,7 +29,12 @@ from hyperlayer_jax.nn.rotary import rotate
 B, T, E, N, K, LENGTH = 2, 10, 16, 4, 2, 12
 KINDS = tuple(PATTERNS)
 SAMPLER = {"num_global": 1, "num_local": 1, "region": 3}
-OWN = {"window": {"window": 3}, "strided": {"stride": 3}, "block": {"block": 4}}
+OWN = {
+    "window": {"window": 3},
+    "strided": {"stride": 3},
+    "block": {"block": 4},
+    "content": {"window": 3, "num_lines": 2, "num_nearest": 2},
+}
 
 
 def attention(*sizes, pattern, rngs, own=None, sampler=None, **options):

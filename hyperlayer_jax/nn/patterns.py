@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax.attention import at_keys
+from hyperlayer_jax.nn.content import Content
 from hyperlayer_jax.nn.pattern import Layer, Pattern, attend
 from hyperlayer_jax.nn.positions import FreeEntries, FreePositions, LearnedPositions
 from hyperlayer_jax.nn.window import Dense, Window
@@ -280,6 +281,7 @@ PATTERNS: dict[str, Pattern] = {
     "strided": Strided(),
     "window": Window(),
     "block": Block(),
+    "content": Content(),
     "dense": Dense(),
 }
 
