@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperlayer_jax import checks
-from hyperlayer_jax.kernels import accumulator, in_bounds
+from hyperlayer_jax.kernels import accumulator
 from hyperlayer_jax.lift import lift
 
 
