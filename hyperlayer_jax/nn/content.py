@@ -13,12 +13,17 @@ from hyperlayer_jax.nn.pattern import Pattern, attend
 from hyperlayer_jax.nn.window import window_columns
 from hyperlayer_jax.types import RowSparseTensor
 
-# As wide as tokens at first lie apart.
-_FIRST_SIGMA, _MIN_SIGMA = 0.7, 0.02
+# Tokens at first lie about 1 apart.
+_FIRST_SIGMA, _MIN_SIGMA = 0.2, 0.02
 
 
 class Lines(nnx.Module):
-    """Coordinates of tokens on lines, as keys and as queries: linear functions of them."""
+    """Coordinates of tokens on lines, as keys and as queries.
+
+    Both are linear, the coordinates of a key in the token and in the one before it. They start as
+    the question whether what a token says was said before, and what came next: a key is where its
+    predecessor would look.
+    """
 
     def __init__(self, features: int, num_heads: int, num_lines: int, *, rngs: nnx.Rngs):
         """Makes the projections.
@@ -30,15 +35,28 @@ class Lines(nnx.Module):
           rngs: the stream `params`.
         """
         self.num_heads, self.num_lines = num_heads, num_lines
-        outputs = num_heads * num_lines
-        self.key_proj = TokenLinear(features, outputs, use_bias=False, rngs=rngs)
-        self.mean_proj = TokenLinear(features, outputs, use_bias=False, rngs=rngs)
+        sizes = features, num_heads * num_lines
+        zeros = nnx.initializers.zeros
+        self.mean_proj = TokenLinear(*sizes, use_bias=False, rngs=rngs)
+        self.before_proj = TokenLinear(*sizes, use_bias=False, kernel_init=zeros, rngs=rngs)
+        self.before_proj.kernel[...] = self.mean_proj.kernel[...]
+        self.own_proj = TokenLinear(*sizes, use_bias=False, kernel_init=zeros, rngs=rngs)
         raw = np.full((num_heads, num_lines), np.log(np.expm1(_FIRST_SIGMA)), np.float32)
         self.raw_sigmas = nnx.Param(jnp.asarray(raw))
 
-    def coordinates(self, x: jax.Array) -> jax.Array:
-        """Of tokens [B, T, E] as keys: float32 [B, heads, T, l]."""
-        return self._by_head(self.key_proj, x)
+    def coordinates(self, x: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of tokens as keys.
+
+        Args:
+          x: float [B, T, E].
+          before: float32 [B, heads, 1, l], what the token before them says of its successor; 0
+            where there is none.
+
+        Returns:
+          float32 [B, heads, T, l], and what the last token says of its successor.
+        """
+        said = jnp.concatenate([before, self._by_head(self.before_proj, x)], 2)
+        return self._by_head(self.own_proj, x) + said[:, :, :-1], said[:, :, -1:]
 
     def means(self, x: jax.Array) -> jax.Array:
         """Where tokens [B, T, E] look: float32 [B, heads, T, l]."""
@@ -80,18 +98,24 @@ class Content(Pattern):
         return Lines(layer.features, heads, self.num_lines, rngs=rngs)
 
     def pattern(self, layer, tokens):
-        coordinates = layer.positions.coordinates(tokens.x)
+        coordinates, _ = layer.positions.coordinates(tokens.x, self._nothing(layer, tokens.x))
         return self._pattern(layer, tokens, coordinates, tokens.x.shape[1])
 
     def init_cache(self, layer, keys):
-        lines = layer.positions
-        return jnp.zeros((len(keys), lines.num_heads, keys.shape[1], lines.num_lines))
+        """Coordinates of all tokens, and what the last one says of its successor."""
+        before = self._nothing(layer, keys)
+        return jnp.zeros((*before.shape[:2], keys.shape[1], self.num_lines)), before
 
     def extend(self, layer, tokens, keys, values, state):
-        new = layer.positions.coordinates(tokens.x)
-        state = jax.lax.dynamic_update_slice_in_dim(state, new, tokens.rows[0], 2)
-        pattern = self._pattern(layer, tokens, state, keys.shape[1])
-        return attend(layer, tokens.query, keys, values, pattern), state
+        coordinates, before = state
+        new, before = layer.positions.coordinates(tokens.x, before)
+        coordinates = jax.lax.dynamic_update_slice_in_dim(coordinates, new, tokens.rows[0], 2)
+        pattern = self._pattern(layer, tokens, coordinates, keys.shape[1])
+        return attend(layer, tokens.query, keys, values, pattern), (coordinates, before)
+
+    def _nothing(self, layer, x):
+        """What is said of the first of tokens x [B, T, ...]."""
+        return jnp.zeros((len(x), layer.positions.num_heads, 1, self.num_lines))
 
     def _pattern(self, layer, tokens, coordinates, length):
         """The pattern of tokens over `length` keys at coordinates [B, heads, length, l]."""
