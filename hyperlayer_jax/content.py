@@ -1,9 +1,10 @@
 """Where attention looks that goes by content: keys that lie near a query on learned lines.
 
 Keys have coordinates on a few lines, and queries a mean on each. The keys next to the mean, in the
-order of a line, are the points of the query (equation 4 of docs/method.md, in ranks), and the sum
-of the densities of all lines is the weight of a point. So gradients reach coordinates, means and
-sigmas, and nothing is compared with everything: see docs/content.md.
+order of a line, are the points of the query: it is enough that one line finds a key. The weight of
+a point is the product of its densities on all lines, of Cauchy rather than Gauss, whose tails pull
+the other lines after the one that has found it. So gradients reach coordinates, means and sigmas,
+and nothing is compared with everything: see docs/content.md.
 """
 
 import functools
@@ -15,6 +16,9 @@ from hyperlayer_jax import checks
 from hyperlayer_jax.kernels import accumulator
 from hyperlayer_jax.lift import lift
 
+# Squares of distances in sigmas must be finite.
+_MIN_SIGMA = 1e-6
+
 
 def content_points(
     coordinates: jax.Array,
@@ -25,12 +29,12 @@ def content_points(
     limits: jax.Array | None = None,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The keys next to each query on every line, and the sums of their densities over all lines.
+    """The keys next to each query on every line, and the products of their densities on all.
 
     Args:
       coordinates: float [*B, s, l], of every key on every line.
       means: float [*B, t, l], of every query.
-      sigmas: float [*B, l] > 0, of every line.
+      sigmas: float [*B, l] >= 0, of every line.
       num_nearest: the keys that a query has on each line: as many of lower as of higher rank than
         its mean, if there are.
       limits: int32 [t] in 0 to s, how many of the keys, the first ones, each query may have; all
@@ -39,8 +43,9 @@ def content_points(
 
     Returns:
       Indices int32 [*B, t, l num_nearest, 1] and weights [*B, t, l num_nearest]: what
-      `RowSparseTensor` takes. A density is 1 at its mean; a weight is 0 where a query has found a
-      key on another line before, or no more keys. No gradient goes through the choice of keys.
+      `RowSparseTensor` takes. A density is 1 / (1 + z^2), z sigmas from its mean; a weight is 0
+      where a query has found a key on another line before, or no more keys. No gradient goes
+      through the choice of keys.
 
     Raises:
       ValueError: an argument has the wrong shape, dtype or range.
@@ -66,10 +71,10 @@ def content_points(
 
 @lift("(s,l),(t,l),(l),(t,p)->(t,p)")
 def _densities(coordinates, means, sigmas, indices):
-    """The summed densities of the keys at `indices`, 0 for copies and where there is none."""
+    """The products of densities of the keys at `indices`, 0 for copies and where there is none."""
     found = _at(coordinates, jnp.maximum(indices, 0))
-    distances = (found - means[:, None]) / sigmas[None, None]
-    weights = jnp.exp(-0.5 * distances**2).sum(-1)
+    z = (found - means[:, None]) / jnp.maximum(sigmas, _MIN_SIGMA)[None, None]
+    weights = jnp.exp(-jnp.log1p(z**2).sum(-1))
     earlier = jnp.tril(jnp.ones((indices.shape[-1],) * 2, bool), -1)
     copies = ((indices[:, :, None] == indices[:, None]) & earlier[None]).any(-1)
     return jnp.where((indices < 0) | copies, 0, weights)

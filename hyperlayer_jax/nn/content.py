@@ -14,7 +14,7 @@ from hyperlayer_jax.nn.window import window_columns
 from hyperlayer_jax.types import RowSparseTensor
 
 # Tokens at first lie about 1 apart.
-_FIRST_SIGMA, _MIN_SIGMA = 0.2, 0.02
+_FIRST_SIGMA, _MIN_SIGMA = 0.4, 0.02
 
 
 class Lines(nnx.Module):
