@@ -115,7 +115,7 @@ class Content(Pattern):
 
     def _nothing(self, layer, x):
         """What is said of the first of tokens x [B, T, ...]."""
-        return jnp.zeros((len(x), layer.positions.num_heads, 1, self.num_lines))
+        return jnp.zeros((x.shape[0], layer.positions.num_heads, 1, self.num_lines))
 
     def _pattern(self, layer, tokens, coordinates, length):
         """The pattern of tokens over `length` keys at coordinates [B, heads, length, l]."""
