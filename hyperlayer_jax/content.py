@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hyperlayer_jax import checks
 from hyperlayer_jax.kernels import accumulator
-from hyperlayer_jax.lift import lift
+from hyperlayer_jax.lift import lift, reshape
 
 # Squares of distances in sigmas must be finite.
 _MIN_SIGMA = 1e-6
@@ -64,7 +64,8 @@ def content_points(
     by_line = (jnp.moveaxis(x, -1, -2) for x in (coordinates, means))
     mask = None if mask is None else jnp.broadcast_to(mask[..., None, :], (*leading, lines, size))
     nearest = nearest_keys(*by_line, num_nearest, limits=limits, mask=mask)
-    nearest = jnp.moveaxis(nearest, -3, -2).reshape(*means.shape[:-1], lines * num_nearest)
+    nearest = jnp.moveaxis(nearest, -3, -2)
+    nearest = reshape(nearest, (*means.shape[:-1], lines * num_nearest), leading=len(leading))
     weights = _densities(coordinates, means, sigmas, nearest)
     return jnp.maximum(nearest, 0)[..., None], weights
 

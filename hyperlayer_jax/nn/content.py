@@ -44,18 +44,22 @@ class Lines(nnx.Module):
         raw = np.full((num_heads, num_lines), np.log(np.expm1(_FIRST_SIGMA)), np.float32)
         self.raw_sigmas = nnx.Param(jnp.asarray(raw))
 
-    def coordinates(self, x: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def coordinates(
+        self, x: jax.Array, before: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Of tokens as keys.
 
         Args:
           x: float [B, T, E].
-          before: float32 [B, heads, 1, l], what the token before them says of its successor; 0
-            where there is none.
+          before: float32 [B, heads, 1, l], what the token before them says of its successor;
+            None where there is none.
 
         Returns:
           float32 [B, heads, T, l], and what the last token says of its successor.
         """
-        said = jnp.concatenate([before, self._by_head(self.before_proj, x)], 2)
+        said = self._by_head(self.before_proj, x)
+        before = jnp.zeros_like(said[:, :, :1]) if before is None else before
+        said = jnp.concatenate([before, said], 2)
         return self._by_head(self.own_proj, x) + said[:, :, :-1], said[:, :, -1:]
 
     def means(self, x: jax.Array) -> jax.Array:
@@ -98,13 +102,14 @@ class Content(Pattern):
         return Lines(layer.features, heads, self.num_lines, rngs=rngs)
 
     def pattern(self, layer, tokens):
-        coordinates, _ = layer.positions.coordinates(tokens.x, self._nothing(layer, tokens.x))
+        coordinates, _ = layer.positions.coordinates(tokens.x)
         return self._pattern(layer, tokens, coordinates, tokens.x.shape[1])
 
     def init_cache(self, layer, keys):
         """Coordinates of all tokens, and what the last one says of its successor."""
-        before = self._nothing(layer, keys)
-        return jnp.zeros((*before.shape[:2], keys.shape[1], self.num_lines)), before
+        shape = keys.shape[0], layer.positions.num_heads, keys.shape[1], self.num_lines
+        coordinates = jnp.zeros(shape)
+        return coordinates, coordinates[:, :, :1]
 
     def extend(self, layer, tokens, keys, values, state):
         coordinates, before = state
@@ -113,15 +118,10 @@ class Content(Pattern):
         pattern = self._pattern(layer, tokens, coordinates, keys.shape[1])
         return attend(layer, tokens.query, keys, values, pattern), (coordinates, before)
 
-    def _nothing(self, layer, x):
-        """What is said of the first of tokens x [B, T, ...]."""
-        return jnp.zeros((x.shape[0], layer.positions.num_heads, 1, self.num_lines))
-
     def _pattern(self, layer, tokens, coordinates, length):
         """The pattern of tokens over `length` keys at coordinates [B, heads, length, l]."""
         rows, (batch, heads) = tokens.rows, coordinates.shape[:2]
         near, seen = window_columns(rows, length, window=self.window, causal=layer.causal)
-        shape = batch, heads, rows.size, self.window
         mask = tokens.mask
         if mask is not None:
             mask = jnp.broadcast_to(mask[:, None], (batch, heads, length))
@@ -139,8 +139,10 @@ class Content(Pattern):
             first, last = near[None, None, :, :1], near[None, None, :, -1:]
             inside = (found[..., 0] >= first) & (found[..., 0] <= last)
             weights = jnp.where(inside, 0, weights)
-        columns = jnp.concatenate([jnp.broadcast_to(near[None, None], shape), found[..., 0]], -1)
-        seen = jnp.broadcast_to(seen[None, None].astype(weights.dtype), shape)
+        zeros = jnp.zeros_like(weights[..., :1])
+        seen = zeros + seen[None, None].astype(weights.dtype)
+        near = zeros.astype(near.dtype) + near[None, None]
+        columns = jnp.concatenate([near, found[..., 0]], -1)
         weights = jnp.concatenate([seen, weights], -1)
         columns, weights = (x[:, 0] if heads == 1 else x for x in (columns, weights))
         return RowSparseTensor(columns[..., None], weights, (rows.size,), (length,))
