@@ -87,7 +87,7 @@ def make_model(pattern: str, features: int, heads: int, length: int, *, seed: in
         return SparseSelfAttention(*sizes, pattern=made, rngs=rngs, **options)
 
     kind, letter = pattern, PATTERNS["dense" if pattern == "topk" else pattern].letter
-    return TransformerLM(
+    model = TransformerLM(
         NUM_TOKENS["recall"],
         features,
         heads,
@@ -96,6 +96,7 @@ def make_model(pattern: str, features: int, heads: int, length: int, *, seed: in
         attention=attention,
         rngs=nnx.Rngs(seed),
     )
+    return recall.quieted(model)
 
 
 def needle(key: jax.Array, count: int, length: int) -> tuple[jax.Array, jax.Array]:
