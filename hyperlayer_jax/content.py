@@ -61,9 +61,14 @@ def content_points(
         raise ValueError(f"sigmas: got shape {sigmas.shape}, want {(*leading, lines)}")
     dtype = accumulator(coordinates.dtype)
     coordinates, means, sigmas = (x.astype(dtype) for x in (coordinates, means, sigmas))
-    by_line = (jnp.moveaxis(x, -1, -2) for x in (coordinates, means))
     mask = None if mask is None else jnp.broadcast_to(mask[..., None, :], (*leading, lines, size))
-    nearest = nearest_keys(*by_line, num_nearest, limits=limits, mask=mask)
+    nearest = nearest_keys(
+        jnp.moveaxis(coordinates, -1, -2),
+        jnp.moveaxis(means, -1, -2),
+        num_nearest,
+        limits=limits,
+        mask=mask,
+    )
     nearest = jnp.moveaxis(nearest, -3, -2)
     nearest = reshape(nearest, (*means.shape[:-1], lines * num_nearest), leading=len(leading))
     weights = _densities(coordinates, means, sigmas, nearest)
