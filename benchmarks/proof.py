@@ -20,7 +20,7 @@ from benchmarks.timing import begin, prepare
 from hyperlayer_jax import kernels
 
 _ROWS, _ENTRIES, _WIDTH = 4096, 16, 64
-_SMALL_ROWS = 128
+_SMALL_ROWS = 256
 
 
 def smoke(small: bool = False) -> Iterator[dict[str, Any] | str]:

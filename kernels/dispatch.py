@@ -193,7 +193,8 @@ def run(
       gradient: see `choose`.
       platform: what the program is made for: "cpu", "cuda", "tpu" and so on.
       partitioned: whether the compiler is to divide the program among devices, which it cannot do
-        with a kernel; inside `shard_map` it is divided already.
+        with a kernel, nor well where members of a batch go one by one; inside `shard_map` it is
+        divided already.
 
     Returns:
       What the function of the backend returns, with batch axes *B.
@@ -211,7 +212,8 @@ def run(
     )
     runs_on = _PLATFORMS.get(name or "", ())
     if implementation is None and (partitioned or platform not in runs_on):
-        name = "cpu" if platform == "cpu" and "cpu" in SERVES[operation] else "reference"
+        for_cpu = platform == "cpu" and not partitioned and "cpu" in SERVES[operation]
+        name = "cpu" if for_cpu else "reference"
     function = getattr(_module(name, operation), operation + "_grad" * gradient)
     if name in _PLAIN:
         return function(*operands, **sizes)

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -209,6 +211,65 @@ def test_quicksort_is_the_function_and_evaluation_is_exact():
     evaluation = nnx.view(sort, deterministic=True)
     assert_equal(call(evaluation, x, scores).scores[-1], np.sort(np.asarray(scores), -1))
     assert sort.rngs.count[...] == 1
+
+
+HYPERNETWORKS = {
+    "mlp": lambda **options: nn.MLPTuples((6, 5), (3,), 2, (6, 5), **options),
+    "conv": lambda **options: nn.ConvTuples((6, 5), (3,), 2, (6, 5), channels=(4, 4), **options),
+}
+
+
+@pytest.mark.parametrize("values", [None, 1.0])
+@pytest.mark.parametrize("kind", HYPERNETWORKS)
+def test_ready_hypernetworks_see_their_input_and_all_of_them_learns(kind, values):
+    hypernetwork = HYPERNETWORKS[kind](values=values, rngs=nnx.Rngs(0))
+    layer = nn.HyperLayer(hypernetwork, (6, 5), 3, by_output=True, rngs=nnx.Rngs(1))
+    x = example(2, 6, 5)
+    tuples = call(hypernetwork, x)
+    assert tuples.means.shape == (2, 3, 2, 2) and tuples.values.shape == (2, 3, 2)
+    assert (np.asarray(tuples.means[0]) != np.asarray(tuples.means[1])).any()
+    assert (np.asarray(tuples.values) == 1).all() == (values is not None)
+    assert_close(jax.tree.map(lambda a: a[0], tuples), call(hypernetwork, x[0]))
+    gradient = nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).mean()))(layer, x)
+    for path, leaf in nnx.to_flat_state(gradient):
+        assert np.asarray(leaf[...]).any(), path
+
+
+MODULES = {
+    "HyperLayer": lambda rngs: nn.HyperLayer(
+        nn.MLPTuples(4, (3,), 2, (4,), rngs=rngs), 4, 3, by_output=True, rngs=rngs
+    ),
+    "SparseLinear": lambda rngs: nn.SparseLinear(4, 3, 2, use_bias=True, rngs=rngs),
+    "units": lambda rngs: nn.SparseLinear(4, 3, 2, values=1.0, rngs=rngs),
+    "SparseConv": lambda rngs: nn.SparseConv(4, 3, 2, (3,), rngs=rngs),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_table_of_every_module(kind):
+    layer = MODULES[kind](nnx.Rngs(0))
+    assert type(layer).__name__ in nnx.tabulate(layer, example(2, 5, 4))
+
+
+@pytest.mark.slow
+def test_a_hypernetwork_learns_where_to_read():
+    """On new signals, and better than a dense network."""
+    path = pathlib.Path(__file__).parents[1]
+    run = [sys.executable, path / "examples" / "hypernetwork.py"]
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    printed = subprocess.run(run, check=True, capture_output=True, text=True, env=environment)
+    error, baseline = map(float, re.findall(r"\d\.\d+", printed.stdout))
+    assert error < 0.01 < baseline
+
+
+def test_serves_as_a_module_of_linen():
+    layer = nn.SparseLinear(4, 3, 2, rngs=nnx.Rngs(0))
+    linen = nnx.bridge.to_linen(nn.SparseLinear, 4, 3, 2)
+    x = example(2, 4)
+    variables = linen.init(jax.random.key(0), x)
+    assert linen.apply(variables, x).shape == layer(x).shape
+    got = jax.grad(lambda v: (linen.apply(v, x) ** 2).sum(), allow_int=True)(variables)
+    assert np.asarray(jax.tree.leaves(got["params"]["tuples"]["values"])[0]).any()
 
 
 @pytest.mark.slow

@@ -12,11 +12,19 @@ from flax import nnx
 from laws import FLOATS, assert_close, assert_equal
 
 import hyperlayer_jax as hl
-from hyperlayer_jax.nn import Sampler, SparseSelfAttention, TransformerLM, generate, shorten_steps
+from hyperlayer_jax.nn import (
+    Sampler,
+    SparseSelfAttention,
+    TransformerLM,
+    generate,
+    patterns,
+    shorten_steps,
+)
 from hyperlayer_jax.nn.patterns import (
-    PATTERNS,
     Block,
+    Content,
     Dense,
+    Learned,
     Learned2D,
     Sampled,
     Static,
@@ -27,31 +35,29 @@ from hyperlayer_jax.nn.positions import DistanceParam, FreePositions, PositionPa
 from hyperlayer_jax.nn.rotary import rotate
 
 B, T, E, N, K, LENGTH = 2, 10, 16, 4, 2, 12
-KINDS = tuple(PATTERNS)
-SAMPLER = {"num_global": 1, "num_local": 1, "region": 3}
-OWN = {
-    "window": {"window": 3},
-    "strided": {"stride": 3},
-    "block": {"block": 4},
-    "content": {"window": 3, "num_lines": 2, "num_nearest": 2},
+PATTERNS = {
+    "learned": Learned(num_tuples=2),
+    "static": Static(num_tuples=2),
+    "learned2d": Learned2D(num_tuples=2),
+    "strided": Strided(num_tuples=2, stride=3),
+    "window": Window(window=3),
+    "block": Block(num_tuples=2, block=4),
+    "content": Content(num_lines=2, num_nearest=2, window=3),
+    "dense": Dense(),
 }
+KINDS = tuple(patterns.PATTERNS)
+SAMPLER = {"num_global": 1, "num_local": 1, "region": 3}
 
 
-def attention(*sizes, pattern, rngs, own=None, sampler=None, **options):
-    """A layer of small sizes: `own` are options of its pattern, `sampler` those of its sampler."""
-    pattern, own = PATTERNS[pattern], OWN.get(pattern, {}) | (own or {})
-    drawn = isinstance(pattern, Sampled)
-    return SparseSelfAttention(
-        *sizes,
-        pattern=dataclasses.replace(pattern, **({"num_tuples": 2} if drawn else {}) | own),
-        sampler=Sampler(**SAMPLER | (sampler or {}), rngs=rngs),
-        rngs=rngs,
-        **{"num_kv_heads": K} | options,
-    )
+def attention(*sizes, rngs, sampler=None, **options):
+    """A layer whose sampler draws few points."""
+    sampler = Sampler(**SAMPLER | (sampler or {}), rngs=rngs)
+    return SparseSelfAttention(*sizes, num_kv_heads=K, sampler=sampler, rngs=rngs, **options)
 
 
-def build(kind, **options):
-    layer = attention(E, N, LENGTH, pattern=kind, **options, rngs=nnx.Rngs(0, sample=1))
+def build(kind, own=None, **options):
+    pattern = dataclasses.replace(PATTERNS[kind], **own or {})
+    layer = attention(E, N, LENGTH, pattern=pattern, **options, rngs=nnx.Rngs(0, sample=1))
     if hasattr(layer.positions, "out_proj"):
         # As if trained: positions that depend on the token.
         kernel = layer.positions.out_proj.kernel
@@ -392,12 +398,13 @@ def test_wrong_inputs_are_named():
 
 @functools.cache
 def language_model(layers, positions="rotary", dropout=0.1):
+    by_letter = {pattern.letter: pattern for pattern in PATTERNS.values()}
     return TransformerLM(
         11,
         E,
         N,
         LENGTH,
-        layers=layers,
+        layers=[by_letter[letter] for letter in layers],
         positions=positions,
         attention=attention,
         dropout=dropout,
@@ -413,8 +420,8 @@ def test_a_language_model_continues_as_it_predicts():
     text = jnp.concatenate([prompt, drawn], axis=1)
     logits = nnx.jit(lambda model, text: model(text))(model, text)
     assert_equal(drawn, logits[:, 3:-1].argmax(-1).astype(jnp.int32))
-    patterns = nnx.jit(lambda model, text: model.patterns(text))(model, text)
-    assert [pattern is None for pattern in patterns] == [False, False, True]
+    shown = nnx.jit(lambda model, text: model.patterns(text))(model, text)
+    assert [pattern is None for pattern in shown] == [False, False, True]
 
 
 def test_a_temperature_draws_by_key():
@@ -424,6 +431,8 @@ def test_a_temperature_draws_by_key():
     first, again, other = (draw(jax.random.key(seed)) for seed in (0, 0, 1))
     assert_equal(first, again)
     assert (np.asarray(first) != np.asarray(other)).any()
+    likeliest, coldest = (draw(jax.random.key(0), temperature=t) for t in (0, 1e-38))
+    assert_equal(likeliest, coldest)
 
 
 def test_a_second_text_is_not_compiled_anew(monkeypatch):

@@ -11,11 +11,12 @@ from laws import assert_close, assert_equal, call, floats, integers, largest_arr
 
 import hyperlayer_jax as hl
 from hyperlayer_jax import nn
-from hyperlayer_jax.nn import candidates, jumping
+from hyperlayer_jax.nn import candidates, exploring
+from hyperlayer_jax.nn.exploring import meet as jumping_meet
 
 IN, OUT, EACH = (4, 8), (6,), 2
 STEPS, UNTIL, EVERY = 600, 500, 10
-best = jax.jit(jumping.best)
+best = jax.jit(exploring.best)
 
 
 @given(integers(0, 3, (2, 3, 2)), integers(0, 3, (2, 9, 2)), floats(-4, 4, (2, 9)))
@@ -30,7 +31,8 @@ def test_the_best_places_are_new_different_and_those_of_the_largest_gradients(ta
             sizes.pop(place, None)
         want = sorted((size for size in sizes.values() if size > 0), reverse=True)[:3]
         assert_equal(sizes_, np.array(want + [0] * (3 - len(want)), np.float32))
-        places = [tuple(place) for place in places_[: len(want)].astype(int).tolist()]
+        assert (places_[:, -1] == 1).all()
+        places = [tuple(place) for place in places_[: len(want), :-1].astype(int).tolist()]
         assert len(set(places)) == len(places)
         assert [sizes[place] for place in places] == want
 
@@ -189,6 +191,77 @@ def test_nothing_of_the_dense_size_is_formed(by_output):
     with jax.numpy_dtype_promotion("standard"):
         largest = largest_array(step, params, optimizer.init(params), jnp.ones((2, size)))
     assert largest < size * size / 10
+
+
+@pytest.mark.parametrize("jumped", [False, True])
+def test_weight_decay_does_not_move_places(jumped):
+    """Be they the first ones, or such as tuples have jumped to."""
+    tuples = nn.PlacedTuples((3,), 4, (100, 50), rngs=nnx.Rngs(0))
+    if jumped:
+        tuples.jumped[...] = tuples.jumped[...].at[:, 0].set(jnp.array([99.0, 31, 1]))
+    optimizer = nnx.Optimizer(tuples, optax.adamw(0.1, weight_decay=0.1), wrt=nnx.Param)
+    loss = lambda tuples: (tuples().values ** 2).sum() + tuples().means.sum()  # noqa: E731
+
+    @nnx.jit
+    def step(tuples, optimizer):
+        optimizer.update(tuples, nnx.grad(loss)(tuples))
+
+    first, values = np.asarray(tuples.indices()), np.asarray(tuples.values[...])
+    assert (first[:, 0] == [99, 31]).all() == jumped
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(100):
+            step(tuples, optimizer)
+    assert_equal(tuples.indices(), first)
+    assert (np.asarray(tuples.values[...]) != values).all()
+    if jumped:
+        assert (np.asarray(tuples.jumped[:, 0, -1]) < 0.5).all()
+
+
+@pytest.mark.parametrize("values", [None, 1.0])
+def test_a_frozen_layer_is_the_evaluated_one_and_trains_values_alone(values):
+    model = nnx.List([nn.SparseLinear(IN, OUT, EACH, values=values, rngs=nnx.Rngs(0))])
+    frozen = nn.freeze(model)[0]
+    x = jax.random.normal(jax.random.key(0), (3, *IN))
+    assert_close(call(frozen, x), call(nnx.view(model[0], deterministic=True), x))
+    assert_close(jnp.tensordot(x, hl.todense(frozen.weight()), ((1, 2), (1, 2))), call(frozen, x))
+    assert [path[-1] for path, _ in nnx.to_flat_state(nnx.state(frozen, nnx.Param))] == ["values"]
+    assert type(model[0].tuples) is not type(frozen.tuples)
+
+
+def test_tuples_that_meet_go_where_their_value_would_help():
+    """The second and third of three at one place, to the two best that are free."""
+    places = jnp.array([[1], [1], [4], [1]], jnp.int32)
+    candidates = jnp.array([[4], [7], [7], [2], [9], [5]], jnp.int32)
+    gradients = jnp.array([-9.0, -4, -4, 5, -3, -0.5])
+    own = jnp.array([3.0, 3, 8, 3])
+    meet = lambda own: jumping_meet(  # noqa: E731
+        1.0, places, jnp.concatenate([candidates, places]), jnp.concatenate([gradients, own])
+    )[0]
+    assert_equal(meet(own), jnp.array([[0.0, 0], [7, 1], [0, 0], [9, 1]]))
+    assert not meet(-own).any() and not meet(own / 10).any()
+
+
+def test_of_two_units_on_one_place_one_finds_the_other_place():
+    model = nn.SparseLinear(4, 4, 1, values=1.0, min_sigma=0.05, rngs=nnx.Rngs(0))
+    raw = jnp.log(jnp.array([0.05, 1 / 3, 2 / 3, 0.05])) - jnp.log1p(
+        -jnp.array([0.05, 1 / 3, 2 / 3, 0.05])
+    )
+    model.tuples.means[...] = jnp.stack([raw, raw], -1)
+    model.tuples.sigmas[...] = jnp.full(4, -9.0)
+    adam = nn.jumps(jax.random.key(0), model, optax.adam(1e-3), until=40, every=4)
+    optimizer = nnx.Optimizer(model, adam, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, key):
+        x = jax.random.normal(key, (64, 4))
+        optimizer.update(model, nnx.grad(lambda model: ((model(x) - x) ** 2).mean())(model))
+
+    with jax.numpy_dtype_promotion("standard"):
+        for key in jax.random.split(jax.random.key(0), 12):
+            step(model, optimizer, key)
+    evaluation = nnx.view(model, deterministic=True)
+    assert_equal(hl.todense(evaluation.weight()), jnp.eye(4))
+    assert not model.tuples.jumped[...].any()
 
 
 def test_places_are_spread_evenly_and_all_different():

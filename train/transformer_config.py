@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hyperlayer_jax.nn import Sampler, SparseSelfAttention, TransformerLM
+from hyperlayer_jax.nn.pattern import Pattern
 from hyperlayer_jax.nn.patterns import PATTERNS
 from train import launcher, text
 
@@ -175,14 +176,13 @@ def make_model(config: Config) -> TransformerLM:
 
 
 def _attention(
-    config: Config, *sizes: int, pattern: str, rngs: nnx.Rngs, **options: Any
+    config: Config, *sizes: int, pattern: Pattern, rngs: nnx.Rngs, **options: Any
 ) -> SparseSelfAttention:
     """The attention of one layer: flags that are options of its pattern reach this."""
-    kind = PATTERNS[pattern]
-    own = {field.name for field in dataclasses.fields(kind)} & set(vars(config))
+    own = {field.name for field in dataclasses.fields(pattern)} & set(vars(config))
     return SparseSelfAttention(
         *sizes,
-        pattern=dataclasses.replace(kind, **{name: getattr(config, name) for name in own}),
+        pattern=dataclasses.replace(pattern, **{name: getattr(config, name) for name in own}),
         sampler=Sampler(
             num_global=config.num_global,
             num_local=config.num_local,

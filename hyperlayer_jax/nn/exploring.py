@@ -97,7 +97,8 @@ def meet(
     """Where tuples should jump that share a place with another: where their value would help.
 
     A tuple leaves if there is one before it at its place and the loss wants less there; it goes
-    where the loss wants more, at least half as much. What makes the largest difference comes first.
+    where the loss wants more. Chance and tuples that are still wide ask for little: what counts
+    is at least half of the largest gradient that asks for more. The largest come first.
 
     Args:
       value: of every tuple.
@@ -114,7 +115,8 @@ def meet(
     better, sizes = best(places, candidates, jnp.minimum(gradients, 0))
     order = jnp.argsort(-harm, -1)
     harm = jnp.take_along_axis(harm, order, -1)
-    moves = (harm > 0) & (sizes > harm / 2)
+    least = sizes[..., :1] / 2
+    moves = (harm > least) & (sizes > jnp.maximum(least, harm / 2))
     new = jnp.where(moves[..., None], better, 0)
     order = jnp.broadcast_to(order[..., None], new.shape)
     new = jnp.put_along_axis(jnp.zeros_like(new), order, new, axis=-2, inplace=False)

@@ -109,8 +109,11 @@ class HyperLayer(nnx.Module):
         if not isinstance(tuples, IndexTuples):
             raise ValueError(f"hypernetwork: got a {type(tuples).__name__}, want IndexTuples")
         shape = self.out_shape + self.in_shape
-        space = [shape[column] for column in self.columns]
-        indices, values = self.sampler(tuples, space, implementation=self.implementation)
+        space = tuple(shape[column] for column in self.columns)
+        # By name: `nnx.tabulate` takes no dataclass by position.
+        indices, values = self.sampler(
+            tuples=tuples, shape=space, implementation=self.implementation
+        )
         values = values.astype(x.dtype)
         if self.by_output:
             return RowSparseTensor(indices, values, self.out_shape, self.in_shape)

@@ -119,7 +119,8 @@ class SparseLinear(nnx.Module):
         if isinstance(tuples, FixedTuples):
             return tuples.indices(), tuples.values[...]
         assert self.sampler is not None
-        return self.sampler(tuples(), tuples.shape, implementation=self.implementation)
+        # By name: `nnx.tabulate` takes no dataclass by position.
+        return self.sampler(tuples=tuples(), shape=tuples.shape, implementation=self.implementation)
 
     def _multiply(self, x: jax.Array) -> jax.Array:
         """Maps x [n, i] to [o, n]."""

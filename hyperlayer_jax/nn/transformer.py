@@ -2,7 +2,7 @@
 
 import functools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -13,12 +13,11 @@ from hyperlayer_jax import checks
 from hyperlayer_jax.kernels import in_bounds
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
 from hyperlayer_jax.nn.linear import TokenLinear
+from hyperlayer_jax.nn.pattern import Pattern
 from hyperlayer_jax.nn.patterns import PATTERNS
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
 Positions = Literal["rotary", "learned", "none"]
-
-LETTERS = {pattern.letter: name for name, pattern in PATTERNS.items()}
 
 # A lower temperature is none: logits over it would overflow.
 _COLDEST = 1e-30
@@ -40,7 +39,7 @@ class TransformerLM(nnx.Module):
         num_heads: int,
         max_length: int,
         *,
-        layers: str = "wwwl",
+        layers: str | Sequence[Pattern] = "wwwl",
         hidden: int | None = None,
         positions: Positions = "rotary",
         attention: Callable[..., SparseSelfAttention] = SparseSelfAttention,
@@ -55,12 +54,13 @@ class TransformerLM(nnx.Module):
           features: E, of a token.
           num_heads: heads of attention.
           max_length: the most tokens that there can be.
-          layers: a letter for each layer, see the class.
+          layers: a letter for each layer, see the class, or patterns with options of their own:
+            `[patterns.Window(window=64)] * 3 + [patterns.Learned(num_tuples=8)]`.
           hidden: units between the two matrices after each attention; 4 E where None.
           positions: how layers know the place of a token: "rotary" turns queries and keys,
             "learned" adds a vector to each token, "none" leaves it to the patterns.
           attention: makes a layer's attention, for options that are not among these:
-            `functools.partial(SparseSelfAttention, num_tuples=8, window=64)`.
+            `functools.partial(SparseSelfAttention, num_kv_heads=2)`.
           dropout: the share of the outputs of each part that is dropped in training.
           dtype: of the computation, parameters stay float32; float32 where None.
           rngs: the streams `params`, `sample` and `dropout`.
@@ -68,8 +68,9 @@ class TransformerLM(nnx.Module):
         Raises:
           ValueError: a letter or `positions` is unknown, or a size is out of range.
         """
-        if not layers or not set(layers) <= set(LETTERS):
-            known = ", ".join(f"{letter} ({kind})" for letter, kind in LETTERS.items())
+        by_letter = {pattern.letter: pattern for pattern in PATTERNS.values()}
+        if (isinstance(layers, str) and not set(layers) <= set(by_letter)) or not layers:
+            known = ", ".join(f"{pattern.letter} ({name})" for name, pattern in PATTERNS.items())
             raise ValueError(f"layers: got {layers!r}, want one letter for each layer of {known}")
         if positions not in typing.get_args(Positions):
             names = ", ".join(map(repr, typing.get_args(Positions)))
@@ -86,7 +87,7 @@ class TransformerLM(nnx.Module):
                         features,
                         num_heads,
                         max_length,
-                        pattern=LETTERS[letter],
+                        pattern=by_letter[layer] if isinstance(layer, str) else layer,
                         causal=True,
                         rotary=positions == "rotary",
                         dtype=dtype,
@@ -98,7 +99,7 @@ class TransformerLM(nnx.Module):
                     dtype,
                     rngs,
                 )
-                for letter in layers
+                for layer in layers
             ]
         )
         self.norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)

@@ -213,7 +213,7 @@ def freeze(model: Any) -> Any:
     for _, module in list(nnx.iter_modules(model)):
         tuples = getattr(module, "tuples", None)
         if isinstance(tuples, FixedTuples | FreeTuples):
-            module.tuples = tuples.freeze()
+            module.tuples = tuples.freeze()  # type: ignore[attr-defined]
     return model
 
 

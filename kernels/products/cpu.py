@@ -1,5 +1,7 @@
 """The products where XLA on CPU needs help: in blocks of entries, and of lanes.
 
+The members of a batch may go one by one: a program to be divided over devices takes `reference`.
+
 An index outside its axis never reads or writes: gathers clamp it and its product is masked,
 scatters drop it.
 """
@@ -12,12 +14,14 @@ import jax.numpy as jnp
 from ..numerics import accumulator, in_bounds, scatter_rows, sum_list
 from . import reference
 
-# What is summed over entries is summed in blocks of so many, unrolled.
+# What is summed over entries of a row is summed in blocks of so many, unrolled.
 _UNROLL = 8
-# Products over fewer features than this are scattered in one go; sums over more go lane by lane.
+# Entries that are gathered or added up at a time, so that what they read and make stays in caches.
+_BLOCK = 1024
+# With fewer features than this, a pass over all is as good.
+_FEW_FEATURES = 8
+# Sums over features go by so many lanes.
 _LANES = 8
-# Dot products of fewer features than this are best left to XLA (measured).
-_FEW_FEATURES = 32
 
 
 def _rows(dense, indices):
@@ -66,71 +70,73 @@ def ell_spmm(indices: jax.Array, values: jax.Array, dense: jax.Array) -> jax.Arr
 def ell_spmm_transposed(
     indices: jax.Array, values: jax.Array, dense: jax.Array, *, num_cols: int
 ) -> jax.Array:
-    """One scatter for each q, so that no [i, p, d] array exists, unless d is small.
-
-    The last batch axis (the heads of an attention) goes one by one, so that what is scattered into
-    stays in caches. Other batch axes may be sharded, and are never taken apart.
-    """
-    if dense.shape[-1] < _LANES:
+    """The entries as those of COO, unless they or their features are few."""
+    *batch, i, p = indices.shape
+    if i * p <= _BLOCK or dense.shape[-1] < _FEW_FEATURES:
         return reference.ell_spmm_transposed(indices, values, dense, num_cols=num_cols)
-
-    @functools.partial(jnp.vectorize, signature="(i,p),(i,p),(i,d)->(j,d)")
-    def scatter(indices, values, dense):
-        dtype = accumulator(dense.dtype)
-        values, rows = values.astype(dtype), dense.astype(dtype)
-
-        def add_entry(out, entry):
-            index, value = entry
-            return scatter_rows(index, value[:, None] * rows, out), None
-
-        out = jnp.zeros_like(rows, shape=(num_cols, dense.shape[1]))
-        out, _ = jax.lax.scan(add_entry, out, (indices.T, values.T))
-        return out.astype(dense.dtype)
-
-    if values.ndim < 4:
-        return scatter(indices, values, dense)
-    last = [jnp.moveaxis(x, -3, 0) for x in (indices, values, dense)]
-    return jnp.moveaxis(jax.lax.map(lambda x: scatter(*x), last), 0, -3)
+    rows = jnp.broadcast_to(jnp.arange(i, dtype=jnp.int32)[:, None], indices.shape)
+    rows, indices, values = (x.reshape(*batch, i * p) for x in (rows, indices, values))
+    return spmm(indices, rows, values, dense, num_rows=num_cols)
 
 
 def ell_sddmm(indices: jax.Array, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """A few q at a time: all lanes would be [i, p, 8].
+    """Member by member, some rows at a time, unless their entries or features are few."""
+    i, p = indices.shape[-2:]
+    if i * p <= _BLOCK or lhs.shape[-1] < _FEW_FEATURES:
+        return reference.ell_sddmm(indices, lhs, rhs)
+    size = max(1, _BLOCK // p)
 
-    The blocks of q are equal and all in one loop: before it, XLA might gather from what is still
-    laid out otherwise, at up to four times the cost.
-    """
-    few = lhs.shape[-1] < _FEW_FEATURES
-    return reference.ell_sddmm(indices, lhs, rhs) if few else _blocks_of_dots(indices, lhs, rhs)
+    def of_member(operands):
+        indices, lhs, rhs = operands
+        blocks = [_in_blocks(x, size) for x in (indices, lhs)]
+        dots = jax.lax.map(lambda block: reference.ell_sddmm(*block, rhs), blocks)
+        return dots.reshape(-1, p)[:i]
 
-
-@functools.partial(jnp.vectorize, signature="(i,p),(i,d),(j,d)->(i,p)")
-def _blocks_of_dots(indices, lhs, rhs):
-    left = lhs.astype(accumulator(lhs.dtype))
-    i, entries = indices.shape
-    num_blocks = -(-entries // _UNROLL)
-    size = -(-entries // num_blocks)
-
-    def block(indices):
-        return _dots(lambda x, y: x[None] * _rows(y, indices), left, rhs)
-
-    blocks = jnp.pad(indices.T, [(0, num_blocks * size - entries), (0, 0)])
-    dots = jax.lax.map(block, blocks.reshape(num_blocks, size, i)).reshape(-1, i)[:entries].T
-    return jnp.where(in_bounds(indices, rhs.shape[0]), dots, 0).astype(lhs.dtype)
+    out = jax.lax.map(of_member, [_one_batch_axis(x, 2) for x in (indices, lhs, rhs)])
+    return out.reshape(indices.shape)
 
 
 def spmm(
     rows: jax.Array, cols: jax.Array, values: jax.Array, dense: jax.Array, *, num_rows: int
 ) -> jax.Array:
-    """Absent columns drop their rows, so that nothing of size [n, d] is masked."""
+    """Member by member, a block of entries at a time, added up in place.
 
-    @functools.partial(jnp.vectorize, signature="(n),(n),(n),(j,d)->(i,d)")
-    def scatter(rows, cols, values, dense):
-        rows = jnp.where(in_bounds(cols, dense.shape[0]), rows, -1)
-        updates = values.astype(accumulator(dense.dtype))[:, None] * _rows(dense, cols)
-        out = jnp.zeros_like(updates, shape=(num_rows, dense.shape[1]))
-        return scatter_rows(rows, updates, out).astype(dense.dtype)
+    Absent columns drop their rows, so that nothing of size [n, d] is masked.
+    """
+    *batch, n = rows.shape
+    d = dense.shape[-1]
+    if n <= _BLOCK:
+        return reference.spmm(rows, cols, values, dense, num_rows=num_rows)
 
-    return scatter(rows, cols, values, dense)
+    def add_member(out, operands):
+        number, rows, cols, values, dense = operands
+        present = in_bounds(rows, num_rows) & in_bounds(cols, dense.shape[0])
+        rows = jnp.where(present, rows + number * num_rows, -1)
+
+        def add_block(out, block):
+            rows, cols, values = block
+            return scatter_rows(rows, values[:, None] * _rows(dense, cols), out), None
+
+        entries = rows, cols, values.astype(out.dtype)
+        return jax.lax.scan(add_block, out, [_in_blocks(x, _BLOCK) for x in entries])
+
+    members = [_one_batch_axis(x, 1) for x in (rows, cols, values)]
+    members.append(_one_batch_axis(dense, 2))
+    count = len(members[0])
+    dtype = accumulator(dense.dtype)
+    out = jnp.zeros_like(members[2], dtype, (count * num_rows, d))
+    out, _ = jax.lax.scan(add_member, out, (jnp.arange(count, dtype=jnp.int32), *members))
+    return out.astype(dense.dtype).reshape(*batch, num_rows, d)
+
+
+def _one_batch_axis(x, trailing):
+    return x.reshape(-1, *x.shape[x.ndim - trailing :])
+
+
+def _in_blocks(x, size):
+    """x [n,...] as [blocks,size,...], filled up with what is absent as an index."""
+    fill = [(0, -x.shape[0] % size)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, fill, constant_values=-1).reshape(-1, size, *x.shape[1:])
 
 
 @functools.partial(jnp.vectorize, signature="(n),(n),(i,d),(j,d)->(n)")
