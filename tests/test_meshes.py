@@ -19,6 +19,7 @@ ATTENTION = {
     "strided": patterns.Strided(stride=4),
     "window": patterns.Window(window=4),
     "block": patterns.Block(block=4),
+    "content": patterns.Content(num_lines=2, num_nearest=2, window=3),
 }
 MODULES = {
     "rows": lambda rngs: nn.SparseLinear(6, 5, 3, by_output=True, values=1.0, rngs=rngs),

@@ -22,6 +22,7 @@ from hyperlayer_jax.nn import (
 )
 from hyperlayer_jax.nn.patterns import (
     Block,
+    Content,
     Dense,
     Learned,
     Learned2D,
@@ -40,6 +41,7 @@ PATTERNS = {
     "strided": Strided(num_tuples=2, stride=3),
     "window": Window(window=3),
     "block": Block(num_tuples=2, block=4),
+    "content": Content(num_lines=2, num_nearest=2, window=3),
     "dense": Dense(),
 }
 KINDS = tuple(patterns.PATTERNS)

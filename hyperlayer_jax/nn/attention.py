@@ -46,9 +46,12 @@ class SparseSelfAttention(nnx.Module):
     - "strided": "learned", for one token in every few; the others see only themselves.
     - "window": the last tokens, or those around where not causal.
     - "block": "learned" on a coarser grid, of blocks of tokens.
+    - "content": the last tokens, and those that lie next to where a token looks on learned lines,
+      wherever they are.
     - "dense": all tokens.
 
-    The cost grows linearly with the length, for all patterns but "dense".
+    The cost grows linearly with the length, for all patterns but "dense"; that of "content" as
+    sorting does.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax.attention import at_keys
+from hyperlayer_jax.nn.content import Content
 from hyperlayer_jax.nn.pattern import Learned, Pattern, Sampled, Static, attend, of_heads
 from hyperlayer_jax.nn.positions import FreeEntries
 from hyperlayer_jax.nn.window import Dense, Window
@@ -15,6 +16,7 @@ from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 __all__ = [
     "PATTERNS",
     "Block",
+    "Content",
     "Dense",
     "Learned",
     "Learned2D",
@@ -184,6 +186,7 @@ PATTERNS: dict[str, Pattern] = {
     "strided": Strided(),
     "window": Window(),
     "block": Block(),
+    "content": Content(),
     "dense": Dense(),
 }
 
