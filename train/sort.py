@@ -22,7 +22,7 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 
-from hyperlayer_jax import SoftSort, bucket_starts, contract, kernels, transpose
+from hyperlayer_jax import SoftSort, bucket_starts, contract, kernels
 from hyperlayer_jax.nn import SoftQuicksort
 from train import augment, data, devices, figures, launcher, loop, runs
 
@@ -139,7 +139,7 @@ def sort_loss(
     result: SoftSort, target: jax.Array, kind: str, *, implementation: str | None = None
 ) -> jax.Array:
     """The mean squared error of a sort, taken as `--loss` says; target [b, s, pixels], sorted."""
-    levels = len(result.permutations)
+    levels = len(result.items) - 1
     if kind == "plain" or levels == 0:
         return jnp.mean((result.items[-1] - target) ** 2)
     size = target.shape[-2]
@@ -152,19 +152,14 @@ def sort_loss(
             difference = jnp.einsum("ts,bsd->btd", mean.astype(np.float32), items - target)
             losses.append(jnp.mean(difference**2))
     else:
-        for permutation, items in zip(result.permutations[::-1], result.items[-2::-1], strict=True):
-            moved = contract(
-                permutation,
-                jax.lax.stop_gradient(items),
-                implementation=kernels.serving(implementation, "ell_spmm"),
-            )
+        serving = kernels.serving(implementation, "ell_spmm")
+        for t in reversed(range(levels)):
+            fixed = jax.lax.stop_gradient(result.items[t])
+            moved = contract(result.permutations[t], fixed, implementation=serving)
             losses.append(jnp.mean((moved - target) ** 2))
-            back = contract(
-                transpose(permutation),
-                target,
-                implementation=kernels.serving(implementation, "spmm"),
-            )
-            target = jax.lax.stop_gradient(back)
+            # Beyond the exact sort, a permutation is its own transpose.
+            factor = result.permutation.factors[t]
+            target = jax.lax.stop_gradient(contract(factor, target, implementation=serving))
     return sum(losses) / levels
 
 
