@@ -105,9 +105,9 @@ def loosen(
         path = jax.lax.iota(jnp.uint32, blocks // 2) & ((jnp.uint32(1) << level) - 1)
         # The bits that lead to a bucket say which side is the upper one.
         sign = 1 - 2 * (jax.lax.population_count(path) & 1).astype(scores.dtype)
-        pairs = _halves(scores, -2)
+        low, high = _halves(scores, -2)
         both = None if seen is None else _halves(seen, -2)
-        low, high, rates = _exchange(*pairs, both, certainty * sign)
+        low, high, rates = _exchange(low, high, both, certainty * sign)
         # The bit of the next level becomes the first.
         scores = jnp.stack([low, high], -2).reshape(scores.shape)
         seen = None if both is None else jnp.stack(both, -2).reshape(seen.shape)
@@ -118,9 +118,9 @@ def loosen(
         count = jax.lax.iota(jnp.uint32, blocks.bit_length() - 1)
         (scores, seen), above = jax.lax.scan(upper, (scores, seen), count, unroll=_unroll(blocks))
     while width > 1:
-        pairs = _halves(scores, -1)
+        low, high = _halves(scores, -1)
         both = None if seen is None else _halves(seen, -1)
-        low, high, rates = _exchange(*pairs, both, jnp.full(size // width, certainty))
+        low, high, rates = _exchange(low, high, both, jnp.full(size // width, certainty))
         width //= 2
         scores = jnp.stack([low, high], -2).reshape(*batch, size // width, width)
         if both is not None:

@@ -169,7 +169,7 @@ def sort_softly(
     proposal: str,
     lengths: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Iterable[exchange.Step]]:
-    """Scores [*B, s] and items [*B, s, d] at the end, the order of the exact sort, and the steps."""
+    """Scores [*B, s] and items [*B, s, d] at the end, the order of the exact sort, all steps."""
     if not any(spec_of(scores) + spec_of(x)):
         # The steps are not computed before they are asked for.
         return _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
