@@ -142,7 +142,9 @@ def transport_sort(scores: jax.Array, temperature: float) -> jax.Array:
 
     def one(scores):
         eye = jnp.eye(len(scores), dtype=scores.dtype)
-        return ott_sort.sort_with(eye, scores, epsilon=temperature)
+        # Its implicit gradient solves a singular system here; so differentiate the iterations.
+        fixed = {"implicit_diff": None, "min_iterations": 50, "max_iterations": 50}
+        return ott_sort.sort_with(eye, scores, epsilon=temperature, **fixed)
 
     return jnp.vectorize(one, signature="(s)->(s,s)")(scores)
 

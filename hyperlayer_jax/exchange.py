@@ -153,7 +153,7 @@ def _exchange(low, high, present, certainty):
 
 
 class States(NamedTuple):
-    """Items by slot after all levels, float [*B, blocks, h, d]; those of levels above stacked."""
+    """Items by slot, float [*B, blocks, h, d], on one side of all levels; those above stacked."""
 
     above: Any
     below: list[jax.Array]
@@ -165,35 +165,76 @@ def carry(levels: Levels, items: jax.Array) -> States:
 
     Args:
       levels: what `loosen` returned.
-      items: float [*B, N, d] by slot.
+      items: float [*B, blocks, h, d] by slot.
 
     Returns:
-      The items after all levels.
+      The items after each level.
     """
-    *batch, size, features = items.shape
-    above, below, through = None, [], None
+    *batch, blocks, block, features = items.shape
+
+    def upper(items, rates):
+        pairs = jnp.swapaxes(items.reshape(*batch, 2, blocks // 2, block, features), -4, -3)
+        pairs = pairs.reshape(*batch, blocks // 2, 2 * block, features)
+        items = _multiply(_dense(rates), pairs).reshape(*batch, blocks, block, features)
+        return items, items
+
+    above, below = None, []
     if levels.above is not None:
-        block = levels.above.rates.shape[-1]
-        shape = *batch, 2, size // block // 2, block, features
-
-        def upper(items, rates):
-            pairs = jnp.swapaxes(items.reshape(shape), -4, -3)
-            pairs = pairs.reshape(*batch, size // block // 2, 2 * block, features)
-            items = _product("...ij,...jd->...id", _dense(rates), pairs)
-            items = items.reshape(*batch, size // block, block, features)
-            return items, items
-
-        items = items.reshape(*batch, size // block, block, features)
-        items, above = jax.lax.scan(upper, items, levels.above.rates, unroll=_unroll(size // block))
+        rates = levels.above.rates
+        items, above = jax.lax.scan(upper, items, rates, unroll=_unroll(blocks))
+    through = None
     for _, rates in levels.below:
         # Small steps are put together before they meet the items.
-        step = _dense(rates)
-        block = items.shape[-2]
-        if through is not None:
-            step = _product("...ij,...jk->...ik", step, through.reshape(*step.shape[:-1], block))
-        through = step.reshape(*batch, size // block, block, block)
-        below.append(_product("...ij,...jd->...id", through, items))
+        step = _within(rates, block)
+        through = step if through is None else _multiply(step, through)
+        below.append(_multiply(through, items))
     return States(above, below)
+
+
+@jax.jit
+def carry_back(levels: Levels, items: jax.Array) -> States:
+    """The transpose of `carry`: each level is its own.
+
+    Args:
+      levels: what `loosen` returned.
+      items: float [*B, blocks, h, d] by slot, after all levels.
+
+    Returns:
+      What they were before each level.
+    """
+    *batch, blocks, block, features = items.shape
+
+    def upper(items, rates):
+        pairs = items.reshape(*batch, blocks // 2, 2 * block, features)
+        pairs = _multiply(_dense(rates), pairs).reshape(*batch, blocks // 2, 2, block, features)
+        items = jnp.swapaxes(pairs, -4, -3).reshape(*batch, blocks, block, features)
+        return items, items
+
+    above, below, through = None, [], None
+    for _, rates in levels.below[::-1]:
+        step = _within(rates, block)
+        through = step if through is None else _multiply(step, through)
+        below.append(_multiply(through, items))
+    if levels.above is not None:
+        items, rates = (below[-1] if below else items), levels.above.rates
+        _, above = jax.lax.scan(upper, items, rates, reverse=True, unroll=_unroll(blocks))
+    return States(above, below[::-1])
+
+
+def _multiply(matrices, items):
+    return _product("...ij,...jd->...id", matrices, items)
+
+
+def _within(rates, block):
+    """The permutation [*B, blocks, h, h] of a block, of rates [*B, m, w, w] of parts of it."""
+    step = _dense(rates)
+    *batch, m, width, _ = step.shape
+    count = block // width
+    shape = *batch, m // count, count, width, count, width
+    same = jnp.eye(count, dtype=bool)[:, None, :, None]
+    step = step.reshape(*batch, m // count, count, width, 1, width)
+    step = jnp.where(jnp.broadcast_to(same, shape), jnp.broadcast_to(step, shape), 0)
+    return step.reshape(*batch, m // count, block, block)
 
 
 def _dense(rates):
@@ -214,6 +255,13 @@ def last(levels: Levels, states: States, size: int) -> tuple[jax.Array, jax.Arra
     axis = scores.ndim - 2
     bits = scores.shape[axis].bit_length() - 1
     return by_place(scores, axis, bits, size), by_place(items, axis, bits, size)
+
+
+def first(states: States, size: int) -> list[jax.Array]:
+    """Items [*B, size, d] by place before each level, of what `carry_back` returned."""
+    axis = states.above.ndim - 4
+    stacked = [by_place(x, axis, turns, size) for turns, x in enumerate(states.above)]
+    return [*stacked, *(by_place(x, axis, len(stacked), size) for x in states.below)]
 
 
 def steps(levels: Levels, states: States, size: int) -> Iterator[Step]:
@@ -240,6 +288,17 @@ def steps(levels: Levels, states: States, size: int) -> Iterator[Step]:
         values = jnp.concatenate([1 - values.sum(-1, keepdims=True), values], -1)
         sources = jnp.concatenate([place, jnp.where(partner < size, partner, place)], -1)
         yield Step(sources, values, scores, items)
+
+
+def by_slot(items: jax.Array, block: int) -> jax.Array:
+    """Items [*B, s, d] by place as blocks [*B, blocks, h, d] by slot; 0 where there is none."""
+    *batch, size, features = items.shape
+    slots = place_of_slot(size, block)
+    nothing = [(0, 0)] * len(batch)
+    items = jnp.pad(items, [*nothing, (0, len(slots) - size), (0, 0)])
+    items = items.reshape(*batch, len(slots) // block, block, features)
+    place = slots[::block] // block
+    return jnp.take(items, place, axis=-3, unique_indices=True, mode="clip")
 
 
 def by_place(x: jax.Array, axis: int, turns: int, size: int) -> jax.Array:

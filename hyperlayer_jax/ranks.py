@@ -210,7 +210,7 @@ def _final(scores, num_samples, certainty, lengths):
     """Sorted scores; what carries numbers [s] of places back to the items; the exact order."""
 
     def sort(x):
-        values, items, order, _ = sort_softly(
+        values, items, order, *_ = sort_softly(
             None, x, scores, num_samples, certainty, "local", lengths
         )
         return restore(items, x, lengths)[..., 0], (restore(values, scores, lengths), order)

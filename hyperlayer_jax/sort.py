@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable
 
 import jax
@@ -25,19 +26,47 @@ class SoftPermutation:
       factors: one `RowSparseTensor` (s,) x (s,) for each step from there, of values [*B, s, p]; the
         first is applied first. What place i takes from j is what j takes from i: each is its own
         transpose, so that nothing is ever scattered.
+      levels: the factors as products of blocks, where they are that. Internal.
     """
 
     order: jax.Array
     factors: tuple[RowSparseTensor, ...]
+    levels: exchange.Levels | None = None
 
     def apply(self, x: jax.Array) -> jax.Array:
         """Sorts x, float [*B, s, *D]: what is at place i of the result, softly."""
-        return functools.reduce(_contract, self.factors, _pick(self.order, x))
+        x = _pick(self.order, x)
+        if self.levels is None:
+            return functools.reduce(_contract, self.factors, x)
+        states = exchange.carry(self.levels, self._by_slot(x))
+        _, y = exchange.last(self.levels, states, self.order.shape[-1])
+        return y.astype(x.dtype).reshape(x.shape)
 
     def apply_transpose(self, y: jax.Array) -> jax.Array:
         """Carries y, float [*B, s, *D], from the places of the sorted items back to the items."""
+        return self.carry_back(y)[0]
+
+    def carry_back(self, y: jax.Array) -> tuple[jax.Array, ...]:
+        """Carries y, float [*B, s, *D], back from the result through all levels to the items.
+
+        Returns:
+          One [*B, s, *D] for each level of the sort: the first is `apply_transpose(y)`, the last y.
+        """
+        size = self.order.shape[-1]
+        back = [y]
+        if self.levels is None:
+            for factor in self.factors[::-1]:
+                back.insert(0, _contract(back[0], factor))
+        else:
+            states = exchange.carry_back(self.levels, self._by_slot(y))
+            back = [x.astype(y.dtype).reshape(y.shape) for x in exchange.first(states, size)] + back
         places = lift("(s)->(s)")(jnp.argsort)(self.order)
-        return _pick(places, functools.reduce(_contract, self.factors[::-1], y))
+        return _pick(places, back[0]), *back[1:]
+
+    def _by_slot(self, x):
+        rates = self.levels.above.rates
+        x = x.reshape(*self.order.shape, math.prod(x.shape[self.order.ndim :]))
+        return exchange.by_slot(x.astype(rates.dtype), rates.shape[-1])
 
     def ranks(self) -> jax.Array:
         """The expected place of every item: float [*B, s] in [0, s - 1]."""
@@ -129,7 +158,9 @@ def soft_quicksort(
         raise ValueError(f'proposal: got {proposal!r}, want "local" or "uniform"')
     if proposal == "uniform" and key is None:
         raise ValueError('key: got None, want a PRNG key for proposal="uniform"')
-    _, _, order, steps = sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
+    _, _, order, steps, exchanges = sort_softly(
+        key, x, scores, num_samples, certainty, proposal, lengths
+    )
     size = scores.shape[-1:]
     items, levels, factors = [x], [scores], []
     for step in steps:
@@ -137,7 +168,8 @@ def soft_quicksort(
         factors.append(RowSparseTensor(sources[..., None], step.values.astype(x.dtype), size, size))
         items.append(restore(step.items, x, lengths))
         levels.append(restore(step.scores, scores, lengths))
-    return SoftSort(tuple(items), tuple(levels), SoftPermutation(order, tuple(factors)))
+    permutation = SoftPermutation(order, tuple(factors), exchanges)
+    return SoftSort(tuple(items), tuple(levels), permutation)
 
 
 def check_scores(
@@ -168,8 +200,11 @@ def sort_softly(
     certainty: float | jax.Array,
     proposal: str,
     lengths: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array, Iterable[exchange.Step]]:
-    """Scores [*B, s] and items [*B, s, d] at the end, the order of the exact sort, all steps."""
+) -> tuple[jax.Array, jax.Array, jax.Array, Iterable[exchange.Step], exchange.Levels | None]:
+    """Scores [*B, s] and items [*B, s, d] at the end, the exact order, all steps, and the levels.
+
+    There are no levels on meshes of explicit axes, without samples or exchanges of blocks.
+    """
     if not any(spec_of(scores) + spec_of(x)):
         # The steps are not computed before they are asked for.
         return _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
@@ -181,12 +216,13 @@ def _sort_on_mesh(key, x, scores, lengths, certainty, num_samples, proposal):
     """The same on a mesh of explicit axes, compiled once."""
 
     def run(key, x, scores, lengths, certainty):
-        *results, steps = _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
+        *results, steps, _ = _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
         every = [s._replace(sources=jnp.broadcast_to(s.sources, s.values.shape)) for s in steps]
         return *results, every
 
     certainty = jnp.asarray(certainty, accumulator(scores.dtype))
-    return automatic(run, key, x, scores, lengths, certainty, leading=scores.ndim - 1)
+    results = automatic(run, key, x, scores, lengths, certainty, leading=scores.ndim - 1)
+    return *results, None
 
 
 def _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths):
@@ -223,22 +259,26 @@ def _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths):
             ones = jnp.ones((*scores.shape, 1), dtype)
             here = jax.lax.iota(jnp.int32, size)[:, None]
             steps = [exchange.Step(here, ones, sorted_scores, items)] * (size - 1).bit_length()
-            return sorted_scores, items, order, steps
+            return sorted_scores, items, order, steps, None
         full = jnp.full(scores.shape[:-1], size, jnp.int32) if lengths is None else lengths
         steps = list(
             exchange.split_at_random(key, sorted_scores, items, full, num_samples, certainty)
         )
         last = (steps[-1].scores, steps[-1].items) if steps else (sorted_scores, items)
-        return *last, order, steps
+        return *last, order, steps, None
     block = exchange.block_size(size, 1 << (num_samples - 1).bit_length())
     slots = exchange.place_of_slot(size, block)
     if count is None and len(slots) > size:
         count = size
     sorted_scores, items, present = at(slots, count)
     levels = exchange.loosen(sorted_scores, present, block, certainty)
+    if size == 1:
+        return sorted_scores, items, order, [], None
+    blocks = len(slots) // block
+    items = items.reshape(*scores.shape[:-1], blocks, block, items.shape[-1])
     states = exchange.carry(levels, items)
-    last = exchange.last(levels, states, size) if size > 1 else (sorted_scores, items)
-    return *last, order, exchange.steps(levels, states, size)
+    last = exchange.last(levels, states, size)
+    return *last, order, exchange.steps(levels, states, size), levels
 
 
 def restore(state: jax.Array, like: jax.Array, lengths: jax.Array | None) -> jax.Array:

@@ -214,6 +214,18 @@ def test_targets_travel_back_through_the_transposes():
     assert_equal(levels.permutation.ranks(), np.argsort(np.argsort(scores)).astype(np.float32))
 
 
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_a_permutation_and_its_transpose_are_those_of_all_levels(proposal):
+    x, scores = example(SIZE)
+    levels = sort(KEY, x, scores, **OPTIONS, proposal=proposal)
+    assert_close(levels.permutation.apply(x), levels.items[-1])
+    back = levels.permutation.carry_back(x)
+    assert len(back) == len(levels.items)
+    for t, permutation in enumerate(levels.permutations):
+        dense = np.asarray(todense(permutation), np.float64)
+        assert_close(back[t], np.swapaxes(dense, -1, -2) @ np.asarray(back[t + 1]))
+
+
 def test_only_the_order_and_the_gaps_of_scores_matter():
     """Scores and certainty come as a product of differences."""
     x, scores = example(SIZE)

@@ -160,14 +160,12 @@ def sort_loss(
             difference = jnp.einsum("ts,bsd->btd", mean.astype(np.float32), items - target)
             losses.append(jnp.mean(difference**2))
     else:
+        targets = result.permutation.carry_back(target)
         serving = kernels.serving(implementation, "ell_spmm")
-        for t in reversed(range(levels)):
+        for t, permutation in enumerate(result.permutations):
             fixed = jax.lax.stop_gradient(result.items[t])
-            moved = contract(result.permutations[t], fixed, implementation=serving)
-            losses.append(jnp.mean((moved - target) ** 2))
-            # Beyond the exact sort, a permutation is its own transpose.
-            factor = result.permutation.factors[t]
-            target = jax.lax.stop_gradient(contract(factor, target, implementation=serving))
+            moved = contract(permutation, fixed, implementation=serving)
+            losses.append(jnp.mean((moved - jax.lax.stop_gradient(targets[t + 1])) ** 2))
     return sum(losses) / levels
 
 
