@@ -2,6 +2,7 @@
 
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
 from hyperlayer_jax.nn.conv import SparseConv
+from hyperlayer_jax.nn.finding import FindingGlimpses, average, mixture
 from hyperlayer_jax.nn.glimpse import GlimpseAttention, Glimpses
 from hyperlayer_jax.nn.glimpse_baselines import (
     ReinforceGlimpses,
@@ -18,6 +19,7 @@ from hyperlayer_jax.nn.transformer import TransformerLM, generate
 
 __all__ = [
     "AttentionCache",
+    "FindingGlimpses",
     "FreeTuples",
     "GlimpseAttention",
     "Glimpses",
@@ -31,10 +33,12 @@ __all__ = [
     "SparseSelfAttention",
     "SpatialTransformer",
     "TransformerLM",
+    "average",
     "explore",
     "generate",
     "jump",
     "jumps",
+    "mixture",
     "reinforce_loss",
     "shorten_steps",
     "weakest",
