@@ -30,21 +30,24 @@ class ScoreMap(nnx.Module):
 
     def __call__(self, cells: jax.Array) -> jax.Array:
         """Maps overviews [B, h, w, C] to [B, h, w, 4]."""
-        _, h, w, _ = cells.shape
-        r = self.reach
-        padded = jnp.pad(cells, [(0, 0), (r, r), (r, r), (0, 0)])
-        sides = range(2 * r + 1)
-        around = [padded[:, i : i + h, j : j + w] for i in sides for j in sides]
-        x = nnx.relu(self.first(4 * jnp.concatenate(around, -1)))
+        around = jnp.concatenate(_around(cells, self.reach, "constant"), -1)
+        x = nnx.relu(self.first(4 * around))
         maps = self.last(nnx.relu(self.second(x)))
         return maps.at[..., 0].add(self.gain[...] * busy(cells))
 
 
 def busy(cells: jax.Array) -> jax.Array:
     """The logarithm of the contrast around each cell: [B, h, w, C] -> [B, h, w]."""
-    moments = jnp.stack([cells.mean(-1), (cells**2).mean(-1)])
-    mean, square = nnx.avg_pool(moments[..., None], (3, 3), (1, 1), padding="SAME")[..., 0]
-    return jnp.log(jnp.sqrt(jnp.maximum(square - mean**2, 0)) + 0.01)
+    around = jnp.concatenate(_around(cells.mean(-1, keepdims=True), 1, "edge"), -1)
+    return jnp.log(around.var(-1) + 1e-4) / 2
+
+
+def _around(cells: jax.Array, reach: int, beyond: str) -> list[jax.Array]:
+    """The cells [B, h, w, C] so far from each, and what `jnp.pad` puts beyond the border."""
+    _, h, w, _ = cells.shape
+    padded = jnp.pad(cells, [(0, 0), (reach, reach), (reach, reach), (0, 0)], beyond)
+    sides = range(2 * reach + 1)
+    return [padded[:, i : i + h, j : j + w] for i in sides for j in sides]
 
 
 class Finder(nnx.Module):
@@ -67,7 +70,11 @@ class Finder(nnx.Module):
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Glimpses]:
         """Maps images [B, H, W, C] to logits [B, 10] and the glimpses they come from."""
-        glimpses = self.search(images, self.score(overview(images, self.coarseness)))
+        return self.look(images, overview(images, self.coarseness))
+
+    def look(self, images: jax.Array, cells: jax.Array) -> tuple[jax.Array, Glimpses]:
+        """The same, given the overview [B, h, w, C]: of images, only what is read is touched."""
+        glimpses = self.search(images, self.score(cells))
         patches = glimpses.patches
         b, k, h, w, c = patches.shape
         if self.use == "average":

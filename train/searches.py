@@ -62,7 +62,11 @@ class SoftArgmax(nnx.Module):
         shape = images.shape[1:3]
         chances = jax.nn.softmax(maps[..., 0].reshape(b, -1)).reshape(b, rows, columns)
         cells = jnp.stack(
-            [chances.sum(2) @ np.arange(rows), chances.sum(1) @ np.arange(columns)], -1
+            [
+                chances.sum(2) @ np.arange(rows, dtype=np.float32),
+                chances.sum(1) @ np.arange(columns, dtype=np.float32),
+            ],
+            -1,
         )
         size = np.array(shape, np.float32) / (rows, columns)
         centres = (cells + 0.5) * size[None] - 0.5

@@ -104,7 +104,8 @@ class FindingGlimpses(nnx.Module):
         offsets, raw_sigmas = of_cells[..., 1:3], of_cells[..., 3:]
         shape = images.shape[-3:-1]
         size = np.array(shape, np.float32) / (rows, columns)
-        place = jnp.stack([cells // columns, cells % columns], -1) + 0.5 + jnp.tanh(offsets) / 2
+        corners = jnp.stack([cells // columns, cells % columns], -1).astype(jnp.float32)
+        place = corners + 0.5 + jnp.tanh(offsets) / 2
         centres = transform_means(place * _last(size, place) - 0.5, shape, method="clip")
         sigmas = jax.nn.softplus(raw_sigmas) * _last(self.sigma_scale * size, place)
         sigmas = sigmas + self.min_sigma
@@ -135,7 +136,8 @@ class FindingGlimpses(nnx.Module):
         num_led = self.num_candidates - self.num_anywhere
         led = jax.lax.top_k(scores + jax.random.gumbel(led_key, scores.shape), num_led)[1]
         order = jax.random.uniform(anywhere_key, scores.shape)
-        order = jnp.put_along_axis(order, led, -1.0, axis=-1, inplace=False)
+        cells = np.expand_dims(np.arange(scores.shape[-1]), (*range(scores.ndim - 1), -1))
+        order = jnp.where((led[..., None, :] == cells).any(-1), -1.0, order)
         return jnp.concatenate([led, jax.lax.top_k(order, self.num_anywhere)[1]], -1)
 
     def log_chances(self, scores: jax.Array, cells: jax.Array) -> jax.Array:
