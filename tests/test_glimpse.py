@@ -19,7 +19,7 @@ pytest.importorskip("tensorboardX", reason="launchers need the extra train")
 
 from PIL import Image
 
-from train import canvases, glimpse
+from train import glimpse
 
 
 def test_spatial_transformer_reads_its_means_as_scipy_does():
@@ -236,11 +236,11 @@ AIM = {"glimpse_size": 4}
     ],
 )
 def test_every_model_trains_for_a_step(model, flags, monkeypatch, tmp_path):
-    monkeypatch.setattr(canvases, "_MIN_CANVASES", 1)
+    monkeypatch.setattr(glimpse, "_NUM_VALIDATION", 1)
     config = glimpse.Config(model=model, **SMALL, **flags)
     figures = glimpse.train_and_evaluate(config, tmp_path)
     assert {"error", "steps", "train_seconds", "compile_seconds", "test_examples"} <= set(figures)
-    assert 0 <= figures["error"] <= 1 and figures["test_examples"] == 359
+    assert 0 <= figures["error"] <= 1 and figures["test_examples"] == 5026
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "validation_error" in row] == [0, 1]
     drawn = sorted(path.name for path in tmp_path.glob("glimpses*"))

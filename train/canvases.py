@@ -14,7 +14,7 @@ from train.clutter import clutter
 
 NUM_CLASSES = 10
 # Every digit that is held out is placed several times, on at least so many canvases altogether.
-_MIN_CANVASES = 5000
+MIN_CANVASES = 5000
 _PIXELS_AT_ONCE = 2**23
 
 
@@ -130,11 +130,26 @@ def _count_errors(config, size, graphdef, state, key, split, chosen):
 
 
 def error_rate(
-    config: Config, model: nnx.Module, key: jax.Array, split: data.Split, size: Size | None = None
+    config: Config,
+    model: nnx.Module,
+    key: jax.Array,
+    split: data.Split,
+    *,
+    size: Size | None = None,
+    at_least: int = MIN_CANVASES,
 ) -> tuple[float, int]:
-    """The part of canvases that a model classifies wrongly, and how many there are."""
+    """The part of canvases that a model classifies wrongly, and how many there are.
+
+    Args:
+      config: of the task.
+      model: returns logits first.
+      key: a PRNG key.
+      split: digits, each of which is placed equally often.
+      size: of the canvases; that of the config where None.
+      at_least: so many canvases are drawn.
+    """
     size = size or config.size
-    repeats = math.ceil(_MIN_CANVASES / len(split.labels))
+    repeats = math.ceil(at_least / len(split.labels))
     chosen = np.tile(np.arange(len(split.labels), dtype=np.int32), repeats)
     at_once = min(1000, max(1, _PIXELS_AT_ONCE // size.canvas**2))
     parts = np.array_split(chosen, math.ceil(len(chosen) / at_once))

@@ -29,6 +29,7 @@ from train.glimpse_models import ConvClassifier, GlimpseClassifier, PoolClassifi
 from train.searches import AttentionSampling, SoftArgmax, TopK
 
 _NUM_EVALUATIONS = 12
+_NUM_VALIDATION = 2000
 _NUM_SHOWN = 5
 # Models that aim at glimpses, those of them that sample points, and those that score the overview.
 _AIMING = ("box", "quad", "affine", "stn", "reinforce")
@@ -114,7 +115,7 @@ class Config(canvases.Config):
     eval_patches: int = launcher.flag(
         0, "Pieces on a canvas of --eval_canvas.", minimum=0, below=2**12, fixed=False
     )
-    steps: int = launcher.flag(4000, "Number of updates.", minimum=1)
+    steps: int = launcher.flag(3000, "Number of updates.", minimum=1)
     batch_size: int = launcher.flag(64, "Canvases in an update.", minimum=1, below=2**20)
     learning_rate: float = launcher.flag(2e-3, "Largest size of a step.", above=0)
     average: float = launcher.flag(
@@ -211,7 +212,10 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     def evaluate(model, step):
         del step
         _, glimpses = canvases.predict(*nnx.split(model), shown())
-        error, _ = canvases.error_rate(config, model, validation_key, dataset.validation)
+        split = dataset.validation
+        error, _ = canvases.error_rate(
+            config, model, validation_key, split, at_least=_NUM_VALIDATION
+        )
         return {"validation_error": error, **glimpse_figures.arrays(glimpses)}
 
     schedule = optax.warmup_cosine_decay_schedule(
@@ -234,7 +238,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         best=lambda validation: -validation["validation_error"],
     )
     size = config.eval_size
-    error, count = canvases.error_rate(config, trained.model, test_key, dataset.test, size)
+    error, count = canvases.error_rate(config, trained.model, test_key, dataset.test, size=size)
     print(
         f"error on {count} canvases of test images, {size.canvas} x {size.canvas} with "
         f"{size.num_patches} pieces: {error:.4f}"
