@@ -1,6 +1,8 @@
-"""The hyperlayer's part of a training step of glimpses, against the network around it.
+"""Steps of glimpses: what the hyperlayer's part takes, and what finding takes on large canvases.
 
-The bar: reading, from sampling to contraction, takes at most half as long (a speedup of 2).
+`glimpse`: reading, from sampling to contraction, against the network around it; the bar is at most
+half as long (a speedup of 2). `finding`: a step on canvases of 60 to 1500, whose overviews are
+pooled beforehand, where data is made, against convolutions over the canvas as far as they go.
 """
 
 import math
@@ -19,11 +21,18 @@ from hyperlayer_jax import IndexTuples, RowSparseTensor, contract, discretize
 from train.glimpse import Config, make_model
 
 _CONFIGS = {
-    "default": Config(),
-    "default, 4 local points": Config(num_local=4),
-    "28x28 of 60x60": Config(digit_size=28, canvas=60, coarseness=4, glimpse_size=16, hidden=512),
-    "convolutional head": Config(head="conv"),
+    "default": Config(model="box"),
+    "default, 4 local points": Config(model="box", num_local=4),
+    "28x28 of 60x60": Config(
+        model="box", digit_size=28, canvas=60, coarseness=4, glimpse_size=16, hidden=512
+    ),
+    "convolutional head": Config(model="box", head="conv"),
 }
+_SIZES = (60, 128, 256, 512, 1500)
+# What convolutions over the whole canvas have time and memory for.
+_LARGEST_CONV = 256
+# Canvases of 1500 in a batch of 64 would fill half a gigabyte.
+_BATCH = 8
 
 
 def cases(small: bool = False) -> Iterator[dict[str, Any]]:
@@ -68,5 +77,39 @@ def cases(small: bool = False) -> Iterator[dict[str, Any]]:
         )
 
 
+def finding(small: bool = False) -> Iterator[dict[str, Any]]:
+    """A row of each canvas: overviews of 15 x 15 cells, and of cells of 6 x 6 pixels or less."""
+    for size in _SIZES[: 1 if small else None]:
+        for cells in sorted({15, size // 6}):
+            yield from _finding(size, cells)
+
+
+def _finding(size, cells):
+    config = Config(canvas=size, coarseness=1, num_patches=6, batch_size=_BATCH)
+    images = jax.random.uniform(jax.random.key(0), (_BATCH, size, size, 1))
+    coarse = jax.random.uniform(jax.random.key(1), (_BATCH, cells, cells, 1))
+    model = make_model(config, 1)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def find(params, images, coarse):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        return model.look(images, coarse)[0].mean()
+
+    contenders = {"finding": Contender(find, (params, images, coarse), (0,)).with_gradients()}
+    if size <= _LARGEST_CONV:
+        whole = make_model(Config(model="pool", canvas=size, coarseness=1), 1)
+        whole_graph, whole_params = nnx.split(whole)
+
+        def convolve(params, images):
+            return nnx.merge(whole_graph, params)(images)[0].mean()
+
+        rival = Contender(convolve, (whole_params, images), (0,), same=False)
+        contenders["convolutions"] = rival.with_gradients()
+    else:
+        # The same program again: how far two timings of one thing are apart.
+        contenders["itself"] = contenders["finding"]
+    yield from compare(f"{size} x {size}, {cells} x {cells} cells", contenders)
+
+
 if __name__ == "__main__":
-    report.main(glimpse=cases)
+    report.main(glimpse=cases, finding=finding)

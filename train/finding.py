@@ -11,10 +11,16 @@ from train.layers import Convolutions, Mlp
 
 
 def overview(images: jax.Array, coarseness: int) -> jax.Array:
-    """Means over squares of pixels: [B, H, W, C] -> [B, H / f, W / f, C]."""
+    """Means over squares of pixels: [B, H, W, C] -> [B, H / f, W / f, C], f divides H and W."""
     b, h, w, c = images.shape
     f = coarseness
     return images.reshape(b, h // f, f, w // f, f, c).mean((2, 4))
+
+
+def whole_squares(images: jax.Array, coarseness: int) -> jax.Array:
+    """Images [B, H, W, C] with rows and columns of 0 below and behind, so that f divides both."""
+    missing = [-size % coarseness for size in images.shape[1:3]]
+    return jnp.pad(images, [(0, 0), *((0, n) for n in missing), (0, 0)]) if any(missing) else images
 
 
 class ScoreMap(nnx.Module):
@@ -70,6 +76,7 @@ class Finder(nnx.Module):
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Glimpses]:
         """Maps images [B, H, W, C] to logits [B, 10] and the glimpses they come from."""
+        images = whole_squares(images, self.coarseness)
         return self.look(images, overview(images, self.coarseness))
 
     def look(self, images: jax.Array, cells: jax.Array) -> tuple[jax.Array, Glimpses]:

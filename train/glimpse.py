@@ -6,7 +6,7 @@ ones.
 
 python -m train.glimpse
 python -m train.glimpse --canvas=96 --coarseness=6 --num_patches=6 --workdir=found
-python -m train.glimpse --workdir=found --mode=eval --eval_canvas=252 --eval_patches=12
+python -m train.glimpse --workdir=found --mode=eval --eval_canvas=256 --eval_patches=12
 python -m train.glimpse --model=stn --steps=18000
 """
 
@@ -24,7 +24,7 @@ from flax import nnx
 
 from hyperlayer_jax.nn import FindingGlimpses, reinforce_loss
 from train import canvases, data, devices, glimpse_figures, launcher, loop, runs
-from train.finding import Finder, overview
+from train.finding import Finder, overview, whole_squares
 from train.glimpse_models import ConvClassifier, GlimpseClassifier, PoolClassifier
 from train.searches import AttentionSampling, SoftArgmax, TopK
 
@@ -126,7 +126,7 @@ class Config(canvases.Config):
         super().__post_init__()
         for name in ("canvas", "start_canvas", "eval_canvas"):
             size = getattr(self, name)
-            if size % self.coarseness:
+            if size % self.coarseness and name != "eval_canvas":
                 raise ValueError(f"--coarseness must divide --{name}={size}, got {self.coarseness}")
             if 0 < size < self.digit_size:
                 raise ValueError(
@@ -205,18 +205,17 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     evaluate_every = math.ceil(config.steps / _NUM_EVALUATIONS)
 
     @functools.cache
-    def shown():
+    def shown(size=config.size):
         chosen = np.arange(min(_NUM_SHOWN, len(dataset.validation.labels)), dtype=np.int32)
-        return canvases.draw(config, shown_key, dataset.validation, chosen)
+        return canvases.draw(config, shown_key, dataset.validation, chosen, size=size)
 
     def evaluate(model, step):
         del step
-        _, glimpses = canvases.predict(*nnx.split(model), shown())
         split = dataset.validation
         error, _ = canvases.error_rate(
             config, model, validation_key, split, at_least=_NUM_VALIDATION
         )
-        return {"validation_error": error, **glimpse_figures.arrays(glimpses)}
+        return {"validation_error": error, **glimpse_figures.look(model, shown())}
 
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(500, config.steps // 10), config.steps
@@ -245,10 +244,14 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     )
 
     def draw():
-        if config.model not in ("conv", "pool"):
-            images = np.asarray(shown())
-            coarse = np.asarray(overview(shown(), config.coarseness))
-            glimpse_figures.draw_history(trained.history, images, coarse, workdir)
+        if config.model in ("conv", "pool"):
+            return
+        coarse = np.asarray(overview(shown(), config.coarseness))
+        glimpse_figures.draw_history(trained.history, np.asarray(shown()), coarse, workdir)
+        if config.eval_canvas:
+            path = workdir / f"glimpses-of-{size.canvas}.png"
+            seen = whole_squares(shown(size), config.coarseness)
+            glimpse_figures.draw_look(trained.model, seen, path)
 
     return runs.report(workdir, {"error": error, **trained.figures, "test_examples": count}, draw)
 
