@@ -140,6 +140,8 @@ def test_half_precision_images_keep_their_dtype_and_exact_means():
     [
         (lambda: find(0), "num_candidates: got 0"),
         (lambda: find(2, num_anywhere=3), "num_anywhere: got 3"),
+        (lambda: find(sigma_scale=0.0), "sigma_scale: got 0.0"),
+        (lambda: find(min_sigma=-1.0), "min_sigma: got -1.0"),
         (lambda: find(13)(*example(2)), "maps: got .* at least 13 cells"),
         (lambda: find()(example(2)[0], example(3)[1]), "maps: got shape"),
         (lambda: find()(example(2)[0], example(2)[1][..., :3]), "maps: got shape"),

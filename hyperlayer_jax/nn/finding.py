@@ -71,6 +71,10 @@ class FindingGlimpses(nnx.Module):
             raise ValueError(
                 f"num_anywhere: got {num_anywhere}, want at most num_candidates={num_candidates}"
             )
+        if not sigma_scale > 0:
+            raise ValueError(f"sigma_scale: got {sigma_scale}, want > 0")
+        if not min_sigma >= 0:
+            raise ValueError(f"min_sigma: got {min_sigma}, want >= 0")
         self.sigma_scale = sigma_scale
         self.min_sigma = min_sigma
         self.implementation = implementation
@@ -112,7 +116,9 @@ class FindingGlimpses(nnx.Module):
         tuples = IndexTuples(centres[..., None, :], sigmas[..., None, :], jnp.ones_like(raw_sigmas))
         points, values = self.sampler(tuples, shape, implementation=self.implementation)
         h, w = self.glimpse_shape
-        grid = np.stack(np.indices((h, w), np.int32), -1) - np.int32([h // 2, w // 2])
+        grid = np.stack(list(np.indices((h, w), np.int32)), -1) - np.array(
+            [h // 2, w // 2], np.int32
+        )
         # One row of entries for every pixel of a glimpse, of the same values for all.
         k, m = values.shape[-2:]
         indices = points[..., None, :, :] + _last(grid.reshape(h * w, 1, 2), centres)
