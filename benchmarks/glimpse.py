@@ -18,6 +18,7 @@ from benchmarks.accuracy import in_float32
 from benchmarks.contenders import Contender
 from benchmarks.timing import compare
 from hyperlayer_jax import IndexTuples, RowSparseTensor, contract, discretize
+from train.finding import survey
 from train.glimpse import Config, make_model
 
 _CONFIGS = {
@@ -78,24 +79,24 @@ def cases(small: bool = False) -> Iterator[dict[str, Any]]:
 
 
 def finding(small: bool = False) -> Iterator[dict[str, Any]]:
-    """A row of each canvas: overviews of 15 x 15 cells, and of cells of 6 x 6 pixels or less."""
+    """A row of each canvas, of which all cells of 6 x 6 pixels are scored, or the 256 busiest."""
     for size in _SIZES[: 1 if small else None]:
-        for cells in sorted({15, size // 6}):
-            yield from _finding(size, cells)
+        for scored in (0, 256) if size > 60 else (0,):
+            yield from _finding(size, scored)
 
 
-def _finding(size, cells):
-    config = Config(canvas=size, coarseness=1, num_patches=6, batch_size=_BATCH)
-    images = jax.random.uniform(jax.random.key(0), (_BATCH, size, size, 1))
-    coarse = jax.random.uniform(jax.random.key(1), (_BATCH, cells, cells, 1))
+def _finding(size, scored):
+    config = Config(canvas=size - size % 6, coarseness=6, scored=scored)
+    images = jax.random.uniform(jax.random.key(0), (_BATCH, size - size % 6, size - size % 6, 1))
     model = make_model(config, 1)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    known = survey(images, config.coarseness, scored)
 
-    def find(params, images, coarse):
+    def find(params, images, known):
         model = nnx.merge(graphdef, params, rest, copy=True)
-        return model.look(images, coarse)[0].mean()
+        return model.look(images, known)[0].mean()
 
-    contenders = {"finding": Contender(find, (params, images, coarse), (0,)).with_gradients()}
+    contenders = {"finding": Contender(find, (params, images, known), (0,)).with_gradients()}
     if size <= _LARGEST_CONV:
         whole = make_model(Config(model="pool", canvas=size, coarseness=1), 1)
         whole_graph, whole_params = nnx.split(whole)
@@ -108,7 +109,7 @@ def _finding(size, cells):
     else:
         # The same program again: how far two timings of one thing are apart.
         contenders["itself"] = contenders["finding"]
-    yield from compare(f"{size} x {size}, {cells} x {cells} cells", contenders)
+    yield from compare(f"{size} x {size}, {scored or 'all'} cells", contenders)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,22 @@ def test_another_number_of_candidates_in_evaluation():
     np.testing.assert_allclose(more.patches[:, :4], few.patches, rtol=1e-6)
 
 
+def test_of_the_cells_that_are_given_only_those_are_read():
+    images, maps = example(2)
+    cells = np.stack(np.indices((ROWS, COLUMNS), np.int32), -1).reshape(-1, 2)
+    chosen = np.stack([np.arange(7, 1, -1), np.arange(6)]).astype(np.int32)
+    flat = jnp.take_along_axis(maps.reshape(2, -1, 4), chosen[..., None], 1)
+    few = nnx.jit(lambda m, *a: m(*a[:2], cells=a[2], grid_shape=(ROWS, COLUMNS)))(
+        nnx.view(find(), deterministic=True), images, flat, jnp.asarray(cells[chosen])
+    )
+    allowed = np.zeros((2, ROWS * COLUMNS), bool)
+    np.put_along_axis(allowed, chosen, True, 1)
+    least = jnp.where(allowed.reshape(2, ROWS, COLUMNS), maps[..., 0], -100.0)
+    want = call(nnx.view(find(), deterministic=True), images, maps.at[..., 0].set(least))
+    for got, expected in zip(jax.tree.leaves(few), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_what_moves_by_a_cell_is_found_there():
     images, maps = example(2)
     image, shifted = images[:, :-CELL], images[:, CELL:]
@@ -142,9 +158,13 @@ def test_half_precision_images_keep_their_dtype_and_exact_means():
         (lambda: find(2, num_anywhere=3), "num_anywhere: got 3"),
         (lambda: find(sigma_scale=0.0), "sigma_scale: got 0.0"),
         (lambda: find(min_sigma=-1.0), "min_sigma: got -1.0"),
-        (lambda: find(13)(*example(2)), "maps: got .* at least 13 cells"),
+        (lambda: find(13)(*example(2)), "maps: got 12 cells, want at least 13"),
         (lambda: find()(example(2)[0], example(3)[1]), "maps: got shape"),
         (lambda: find()(example(2)[0], example(2)[1][..., :3]), "maps: got shape"),
+        (
+            lambda: find()(example(2)[0], jnp.ones((2, 5, 4)), cells=jnp.ones((2, 5, 2), int)),
+            "grid_shape: got",
+        ),
         (lambda: nnx.view(find(), num_candidates=0), "num_candidates: got 0"),
         (lambda: nn.mixture(find()(*example(2)), jnp.ones((2, 3, 5))), "logits: got"),
         (

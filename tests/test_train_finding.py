@@ -12,17 +12,31 @@ from train import finding, searches
 
 
 def test_all_places_are_alike_to_a_map_of_scores():
-    score = nnx.jit(finding.ScoreMap(1, 4, 1, nnx.Rngs(0)))
+    model = finding.ScoreMap(1, 4, 1, nnx.Rngs(0))
+    score = nnx.jit(lambda model, cells: model(finding.survey(cells, 1)))
     cells = jnp.zeros((1, 9, 8, 1)).at[:, 2:5, 2:4].set(jax.random.uniform(jax.random.key(0)))
-    moved = score(jnp.roll(cells, (3, 2), (1, 2)))
-    np.testing.assert_allclose(moved[:, 3:, 2:], score(cells)[:, :-3, :-2], atol=1e-5)
+    moved = score(model, jnp.roll(cells, (3, 2), (1, 2)))
+    np.testing.assert_allclose(moved[:, 3:, 2:], score(model, cells)[:, :-3, :-2], atol=1e-5)
 
 
-def test_scores_begin_where_the_image_is_busy():
+def test_chosen_cells_have_the_scores_that_they_have_among_all():
+    model = finding.ScoreMap(2, 4, 2, nnx.Rngs(0))
+    cells = jax.random.uniform(jax.random.key(0), (2, 5, 4, 2))
+    survey = finding.survey(cells, 1, 7)
+    every = np.asarray(model(survey._replace(chosen=None)))
+    chosen = np.asarray(survey.chosen)
+    want = np.stack([m[tuple(c.T)] for m, c in zip(every, chosen, strict=True)])
+    np.testing.assert_allclose(model(survey), want, rtol=1e-4, atol=1e-5)
+    contrast = np.sort(np.asarray(survey.contrast).reshape(2, -1))[:, :-8:-1]
+    busiest = [c[tuple(at.T)] for c, at in zip(survey.contrast, chosen, strict=True)]
+    np.testing.assert_allclose(busiest, contrast)
+
+
+def test_contrast_is_where_the_image_is_busy():
     cells = jnp.full((1, 9, 8, 1), 0.5).at[0, 3, 5].set(1.0)
-    busy = np.asarray(finding.busy(cells))[0]
-    assert (busy[2:5, 4:7] > busy[0, 0] + 1).all()
-    np.testing.assert_allclose(busy[6:], busy[0, 0], atol=1e-5)
+    contrast = np.asarray(finding.survey(cells, 1).contrast)[0]
+    assert (contrast[2:5, 4:7] > contrast[0, 0] + 1).all()
+    np.testing.assert_allclose(contrast[6:], contrast[0, 0], atol=1e-5)
 
 
 def test_draws_of_attention_sampling_have_the_mean_and_the_gradient_of_all_cells():

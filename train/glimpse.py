@@ -68,6 +68,10 @@ class Config(canvases.Config):
     score_hidden: int = launcher.flag(
         32, "Width of the layers that score.", minimum=1, below=2**16, only={"model": _SCORING}
     )
+    scored: int = launcher.flag(
+        0, "Cells of the overview that are scored, the busiest; all where 0.", minimum=0,
+        below=2**20, only={"model": _CANDIDATES}, fixed=False,
+    )  # fmt: skip
     head: Literal["mlp", "conv"] = launcher.flag(
         "mlp", "Classifier of the glimpses.", only={"model": (*_AIMING, *_SCORING)}
     )
@@ -132,6 +136,8 @@ class Config(canvases.Config):
                 raise ValueError(
                     f"--{name} must be at least --digit_size={self.digit_size}, got {size}"
                 )
+        if 0 < self.scored < self.candidates:
+            raise ValueError(f"--scored must be at least --candidates, got {self.scored}")
         if self.anywhere > self.candidates and self.model == "find":
             raise ValueError(
                 f"--anywhere must be at most --candidates={self.candidates}, got {self.anywhere}"

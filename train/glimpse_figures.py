@@ -25,7 +25,7 @@ def look(model: nnx.Module, images: jax.Array) -> Arrays:
     names = ("patches", "means", "sigmas", "log_chances")
     seen = {name: getattr(glimpses, name) for name in names}
     if hasattr(model, "score"):
-        seen["scores"] = model.score(overview(images, model.coarseness))[..., 0]
+        seen["scores"] = model.scores(images)
     return {name: np.asarray(array) for name, array in seen.items() if array is not None}
 
 

@@ -1,6 +1,5 @@
 """Glimpses that find: candidates drawn by a map of scores, each weighed by its chance."""
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -84,7 +83,14 @@ class FindingGlimpses(nnx.Module):
             sampler = Sampler(num_global=0, num_local=0, rngs=rngs)
         self.sampler = sampler
 
-    def __call__(self, images: jax.Array, maps: jax.Array) -> Glimpses:
+    def __call__(
+        self,
+        images: jax.Array,
+        maps: jax.Array,
+        *,
+        cells: jax.Array | None = None,
+        grid_shape: Sequence[int] | None = None,
+    ) -> Glimpses:
         """Reads images where maps of their overviews lead.
 
         Args:
@@ -92,6 +98,9 @@ class FindingGlimpses(nnx.Module):
           maps: float [*B, h, w, 4], of the cells that the image is divided into: scores, two raw
             numbers for the mean (row, column; zeros are the middle of the cell, which it cannot
             leave), and raw sigmas.
+          cells: int32 [*B, n, 2], rows and columns of the only cells that are scored, where maps is
+            [*B, n, 4]: on a very large image, those that something cheaper led to.
+          grid_shape: with `cells`, the h and w that the image is divided into.
 
         Returns:
           Glimpses, k of each image, with `log_chances`.
@@ -99,17 +108,27 @@ class FindingGlimpses(nnx.Module):
         Raises:
           ValueError: an argument has the wrong shape or dtype, or there are fewer cells than k.
         """
-        _check_maps(images, maps, self.num_candidates)
-        *leading, rows, columns, _ = maps.shape
-        maps = maps.astype(jnp.float32).reshape(*leading, rows * columns, 4)
-        cells = self.candidates(maps[..., 0])
-        log_chances = self.log_chances(maps[..., 0], cells)
-        of_cells = jnp.take_along_axis(maps, cells[..., None], -2)
+        if cells is None:
+            checks.check_float("maps", maps, 3, "[*B, h, w, 4]")
+            *leading, rows, columns, _ = maps.shape
+            maps = maps.reshape(*leading, rows * columns, maps.shape[-1])
+            number = np.arange(rows * columns, dtype=np.int32)
+            cells = _last(np.stack([number // columns, number % columns], -1), maps[..., 0, :])
+        else:
+            checks.check_float("maps", maps, 2, "[*B, n, 4]")
+            checks.check_indices("cells", cells, 2, "[*B, n, 2]")
+            rows, columns = checks.check_shape("grid_shape", grid_shape or (), 2)
+            leading = maps.shape[:-2]
+        _check_maps(images, maps, cells, self.num_candidates)
+        maps = maps.astype(jnp.float32)
+        chosen = self.candidates(maps[..., 0])
+        log_chances = self.log_chances(maps[..., 0], chosen)
+        of_cells = jnp.take_along_axis(maps, chosen[..., None], -2)
+        corners = jnp.take_along_axis(jnp.asarray(cells), chosen[..., None], -2)
         offsets, raw_sigmas = of_cells[..., 1:3], of_cells[..., 3:]
         shape = images.shape[-3:-1]
         size = np.array(shape, np.float32) / (rows, columns)
-        corners = jnp.stack([cells // columns, cells % columns], -1).astype(jnp.float32)
-        place = corners + 0.5 + jnp.tanh(offsets) / 2
+        place = corners.astype(jnp.float32) + 0.5 + jnp.tanh(offsets) / 2
         centres = transform_means(place * _last(size, place) - 0.5, shape, method="clip")
         sigmas = jax.nn.softplus(raw_sigmas) * _last(self.sigma_scale * size, place)
         sigmas = sigmas + self.min_sigma
@@ -211,16 +230,18 @@ def _check_candidates(num_candidates):
     return num_candidates
 
 
-def _check_maps(images, maps, num_candidates):
+def _check_maps(images, maps, cells, num_candidates):
+    """Checks maps [*B, n, 4] of cells [*B, n, 2]."""
     checks.check_float("images", images, 3, "[*B, H, W, C]")
-    checks.check_float("maps", maps, 3, "[*B, h, w, 4]")
-    if images.shape[:-3] != maps.shape[:-3] or maps.shape[-1] != 4:
+    if images.shape[:-3] != maps.shape[:-2] or maps.shape[-1] != 4:
         raise ValueError(
-            f"maps: got shape {maps.shape}, want [*B, h, w, 4] with the *B of the images, "
-            f"{images.shape}"
+            f"maps: got shape {maps.shape}, want 4 numbers for each cell, and the *B of the "
+            f"images, {images.shape}"
         )
-    if math.prod(maps.shape[-3:-1]) < num_candidates:
-        raise ValueError(f"maps: got {maps.shape}, want at least {num_candidates} cells")
+    if cells.ndim != maps.ndim or cells.shape[-2:] != (maps.shape[-2], 2):
+        raise ValueError(f"cells: got shape {cells.shape}, want [*B, n, 2] for maps {maps.shape}")
+    if maps.shape[-2] < num_candidates:
+        raise ValueError(f"maps: got {maps.shape[-2]} cells, want at least {num_candidates}")
 
 
 def _last(array, x):
