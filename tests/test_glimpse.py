@@ -204,6 +204,7 @@ SMALL = {
     "canvas": 12,
     "digit_size": 8,
     "patch_size": 3,
+    "coarseness": 2,
     "num_patches": 2,
     "hidden": 8,
     "batch_size": 4,
@@ -255,10 +256,11 @@ def test_every_model_trains_for_a_step(model, flags, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"canvas": 33}, "--coarseness must divide --canvas=33"),
+        ({"canvas": 97}, "--coarseness must divide --canvas=97"),
         ({"canvas": 12}, "--canvas must be at least --digit_size=14"),
         ({"eval_canvas": 12}, "--eval_canvas must be at least --digit_size=14"),
         ({"start_canvas": 31}, "--coarseness must divide --start_canvas=31"),
+        ({"scored": 7}, "--scored must be at least --candidates"),
         ({"anywhere": 9}, "--anywhere must be at most --candidates=8"),
         ({"patch_size": 15}, "--patch_size must be at most --digit_size=14"),
         ({"scaling": 0.6, "augment_scaling": 0.5}, "--scaling and --augment_scaling"),

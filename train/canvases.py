@@ -37,9 +37,9 @@ class Config(launcher.Config):
     digit_size: int = launcher.flag(
         14, "Rows and columns that digits are resized to.", minimum=1, below=2**12
     )
-    canvas: int = launcher.flag(32, "Rows and columns of a canvas.", minimum=1, below=2**13)
+    canvas: int = launcher.flag(96, "Rows and columns of a canvas.", minimum=1, below=2**13)
     num_patches: int = launcher.flag(
-        3, "Pieces of other digits on a canvas.", minimum=0, below=2**12
+        6, "Pieces of other digits on a canvas.", minimum=0, below=2**12
     )
     patch_size: int = launcher.flag(6, "Rows and columns of a piece.", minimum=1)
     rotation: float = launcher.flag(0.0, "Digits turn by up to so many degrees.", minimum=0.0)

@@ -4,10 +4,9 @@ A small network sees the canvas averaged to a coarse image and decides where to 
 sees only the glimpses, read at full resolution. What is learned on small canvases finds on large
 ones.
 
-python -m train.glimpse
-python -m train.glimpse --canvas=96 --coarseness=6 --num_patches=6 --workdir=found
+python -m train.glimpse --workdir=found
 python -m train.glimpse --workdir=found --mode=eval --eval_canvas=256 --eval_patches=12
-python -m train.glimpse --model=stn --steps=18000
+python -m train.glimpse --model=stn
 """
 
 import dataclasses
@@ -105,7 +104,7 @@ class Config(canvases.Config):
     min_sigma: float = launcher.flag(
         0.0, "Smallest sigma, in pixels.", minimum=0.0, only={"model": _SAMPLED}
     )
-    coarseness: int = launcher.flag(2, "Pixels averaged along each axis to decide.", minimum=1)
+    coarseness: int = launcher.flag(6, "Pixels averaged along each axis to decide.", minimum=1)
     start_canvas: int = launcher.flag(
         0,
         "Rows and columns of the canvases of the first half of the steps; all alike where 0.",
