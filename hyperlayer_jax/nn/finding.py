@@ -112,8 +112,6 @@ class FindingGlimpses(nnx.Module):
             checks.check_float("maps", maps, 3, "[*B, h, w, 4]")
             *leading, rows, columns, _ = maps.shape
             maps = maps.reshape(*leading, rows * columns, maps.shape[-1])
-            number = np.arange(rows * columns, dtype=np.int32)
-            cells = _last(np.stack([number // columns, number % columns], -1), maps[..., 0, :])
         else:
             checks.check_float("maps", maps, 2, "[*B, n, 4]")
             checks.check_indices("cells", cells, 2, "[*B, n, 2]")
@@ -124,7 +122,10 @@ class FindingGlimpses(nnx.Module):
         chosen = self.candidates(maps[..., 0])
         log_chances = self.log_chances(maps[..., 0], chosen)
         of_cells = jnp.take_along_axis(maps, chosen[..., None], -2)
-        corners = jnp.take_along_axis(jnp.asarray(cells), chosen[..., None], -2)
+        if cells is None:
+            corners = jnp.stack([chosen // columns, chosen % columns], -1)
+        else:
+            corners = jnp.take_along_axis(cells, chosen[..., None], -2)
         offsets, raw_sigmas = of_cells[..., 1:3], of_cells[..., 3:]
         shape = images.shape[-3:-1]
         size = np.array(shape, np.float32) / (rows, columns)
@@ -231,14 +232,14 @@ def _check_candidates(num_candidates):
 
 
 def _check_maps(images, maps, cells, num_candidates):
-    """Checks maps [*B, n, 4] of cells [*B, n, 2]."""
+    """Checks maps [*B, n, 4] of cells [*B, n, 2], if any."""
     checks.check_float("images", images, 3, "[*B, H, W, C]")
     if images.shape[:-3] != maps.shape[:-2] or maps.shape[-1] != 4:
         raise ValueError(
             f"maps: got shape {maps.shape}, want 4 numbers for each cell, and the *B of the "
             f"images, {images.shape}"
         )
-    if cells.ndim != maps.ndim or cells.shape[-2:] != (maps.shape[-2], 2):
+    if cells is not None and cells.shape != (*maps.shape[:-1], 2):
         raise ValueError(f"cells: got shape {cells.shape}, want [*B, n, 2] for maps {maps.shape}")
     if maps.shape[-2] < num_candidates:
         raise ValueError(f"maps: got {maps.shape[-2]} cells, want at least {num_candidates}")
