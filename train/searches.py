@@ -34,14 +34,14 @@ class AttentionSampling(FindingGlimpses):
 
     def candidates(self, scores: jax.Array) -> jax.Array:
         """Cells int32 [B, k] of scores [B, n], some more than once."""
-        if self.deterministic:
+        if self.sampler.deterministic:
             return super().candidates(scores)
         shape = (self.num_candidates, len(scores))
         return jax.random.categorical(self.rngs(), scores, shape=shape).T
 
     def log_chances(self, scores: jax.Array, cells: jax.Array) -> jax.Array:
         """What each of `cells` [B, k] weighs, given scores [B, n]: log [B, k]."""
-        if self.deterministic:
+        if self.sampler.deterministic:
             return super().log_chances(scores, cells)
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(scores), cells, -1)
         return log_prob - jax.lax.stop_gradient(log_prob) - np.log(self.num_candidates)

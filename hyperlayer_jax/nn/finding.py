@@ -34,14 +34,13 @@ class FindingGlimpses(nnx.Module):
     def __init__(
         self,
         glimpse_shape: Sequence[int],
-        num_candidates: int = 8,
+        num_candidates: int,
         *,
         num_anywhere: int = 2,
         sigma_scale: float = 0.12,
         min_sigma: float = 0.0,
         sampler: Sampler | None = None,
         implementation: str | None = None,
-        deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
         """Makes the layer, which has no parameters.
@@ -54,10 +53,10 @@ class FindingGlimpses(nnx.Module):
           sigma_scale: of the sigma of a raw 1 after softplus, in cells.
           min_sigma: the smallest sigma, in indices.
           sampler: draws the places around a candidate's mean, and in evaluation should fix them.
-            Where None, the four neighbours alone.
+            Where None, the four neighbours alone. Where it is deterministic, the cells of the
+            largest scores are read; for evaluation, `nnx.view(model, deterministic=True)`, to which
+            `num_candidates=` may be given as well.
           implementation: the kernel backend for what it serves, chosen by device where None.
-          deterministic: reads the cells of the largest scores; for evaluation,
-            `nnx.view(model, deterministic=True)`, where `num_candidates=` may be given as well.
           rngs: the stream `sample`.
 
         Raises:
@@ -77,7 +76,6 @@ class FindingGlimpses(nnx.Module):
         self.sigma_scale = sigma_scale
         self.min_sigma = min_sigma
         self.implementation = implementation
-        self.deterministic = deterministic
         self.rngs = stream(rngs, "sample")
         if sampler is None:
             sampler = Sampler(num_global=0, num_local=0, rngs=rngs)
@@ -130,8 +128,8 @@ class FindingGlimpses(nnx.Module):
         shape = images.shape[-3:-1]
         size = np.array(shape, np.float32) / (rows, columns)
         place = corners.astype(jnp.float32) + 0.5 + jnp.tanh(offsets) / 2
-        centres = transform_means(place * _last(size, place) - 0.5, shape, method="clip")
-        sigmas = jax.nn.softplus(raw_sigmas) * _last(self.sigma_scale * size, place)
+        centres = transform_means(place * _expanded(size, place) - 0.5, shape, method="clip")
+        sigmas = jax.nn.softplus(raw_sigmas) * _expanded(self.sigma_scale * size, place)
         sigmas = sigmas + self.min_sigma
         tuples = IndexTuples(centres[..., None, :], sigmas[..., None, :], jnp.ones_like(raw_sigmas))
         points, values = self.sampler(tuples, shape, implementation=self.implementation)
@@ -141,9 +139,9 @@ class FindingGlimpses(nnx.Module):
         )
         # One row of entries for every pixel of a glimpse, of the same values for all.
         k, m = values.shape[-2:]
-        indices = points[..., None, :, :] + _last(grid.reshape(h * w, 1, 2), centres)
+        indices = points[..., None, :, :] + _expanded(grid.reshape(h * w, 1, 2), centres)
         values = jnp.broadcast_to(values[..., None, :], indices.shape[:-1])
-        means = centres[..., None, None, :] + _last(grid.astype(np.float32), centres)
+        means = centres[..., None, None, :] + _expanded(grid.astype(np.float32), centres)
         patches = read(
             images,
             indices.reshape(*leading, k * h * w, m, 2),
@@ -156,7 +154,7 @@ class FindingGlimpses(nnx.Module):
     def candidates(self, scores: jax.Array) -> jax.Array:
         """Different cells int32 [*B, k] of scores [*B, n], those that scores led to first."""
         scores = jax.lax.stop_gradient(scores)
-        if self.deterministic:
+        if self.sampler.deterministic:
             return jax.lax.top_k(scores, self.num_candidates)[1]
         led_key, anywhere_key = jax.random.split(self.rngs())
         num_led = self.num_candidates - self.num_anywhere
@@ -170,15 +168,12 @@ class FindingGlimpses(nnx.Module):
         """What each of `cells` [*B, k] weighs, given scores [*B, n]: log [*B, k]."""
         return jax.nn.log_softmax(jnp.take_along_axis(scores, cells, -1))
 
-    def set_view(self, *, deterministic: bool | None = None, num_candidates: int | None = None):
+    def set_view(self, *, num_candidates: int | None = None):
         """Called by `nnx.view`.
 
         Args:
-          deterministic: reads the cells of the largest scores.
-          num_candidates: how many cells.
+          num_candidates: how many cells are read.
         """
-        if deterministic is not None:
-            self.deterministic = deterministic
         if num_candidates is not None:
             self.num_candidates = _check_candidates(num_candidates)
 
@@ -245,6 +240,6 @@ def _check_maps(images, maps, cells, num_candidates):
         raise ValueError(f"maps: got {maps.shape[-2]} cells, want at least {num_candidates}")
 
 
-def _last(array, x):
+def _expanded(array, x):
     """The array behind as many axes of 1 as `x` has before its last."""
     return np.expand_dims(array, tuple(range(x.ndim - 1)))
