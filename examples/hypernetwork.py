@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hyperlayer_jax.nn import HyperLayer, MLPTuples, Sampler
+from hyperlayer_jax.nn import AdaptiveTuples, FreeTuples, HyperLayer, Sampler
 
 SIZE, CUT, BATCH, STEPS = 32, 5, 64, 1500
 
@@ -50,12 +50,15 @@ def train(model: nnx.Module, sigmas=lambda model, x: 0.0) -> float:
 
 
 rngs = nnx.Rngs(0)
-tuples = MLPTuples((2, SIZE), (CUT,), 1, (SIZE,), values=1.0, sigma_scale=0.2, rngs=rngs)
+flat = lambda x: x.reshape(*x.shape[:-2], 2 * SIZE)  # noqa: E731
+features = nnx.Sequential(flat, nnx.Linear(2 * SIZE, 64, rngs=rngs), nnx.relu)
+start = FreeTuples((CUT,), 1, (SIZE,), values=1.0, sigma_scale=0.2, rngs=rngs)
+tuples = AdaptiveTuples(features, 64, start, rngs=rngs)
 # Output o reads channel 0, the signal, at a place that is learned: the last column.
 template = jnp.stack([jnp.arange(CUT), jnp.zeros(CUT, int), jnp.zeros(CUT, int)], -1)
 options = {"sampler": Sampler(num_global=4, evaluation="round", rngs=rngs), "rngs": rngs}
 layer = HyperLayer(tuples, (2, SIZE), CUT, template=template, columns=(2,), **options)
 error = train(layer, lambda layer, x: layer.hypernetwork(x).sigmas.mean())
 dense = [nnx.Linear(2 * SIZE, 80, rngs=rngs), nnx.relu, nnx.Linear(80, CUT, rngs=rngs)]
-baseline = train(nnx.Sequential(lambda x: x.reshape(BATCH, -1), *dense))
+baseline = train(nnx.Sequential(flat, *dense))
 print(f"error on new signals: {error:.4f}; of a dense network: {baseline:.4f}")

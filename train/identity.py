@@ -22,7 +22,7 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 from hyperlayer_jax import IndexTuples
-from hyperlayer_jax.nn import Sampler, SparseLinear, jumps
+from hyperlayer_jax.nn import Sampler, SparseLinear
 from train import devices, figures, launcher, loop, runs
 
 _BATCH = 64
@@ -131,8 +131,8 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     size = config.size
     devices.check_fits("the test examples", 16 * _TEST_EXAMPLES * size)
 
-    def loss_fn(model, key, step, data):
-        del step, data
+    def loss_fn(model, key, data):
+        del data
         x = devices.shard(jax.random.normal(key, (_BATCH, size)))
         sigma = jnp.mean(model.tuples().sigmas) / size
         return jnp.mean((model(x) - x) ** 2) + config.sigma_penalty * sigma, {}
@@ -147,16 +147,9 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
     # A step of the same length in cells, whatever the size.
     learning_rate = config.learning_rate * 128 / size
-    model = loop.build(make_model, config)
-    optimizer = jumps(
-        jax.random.key(config.seed),
-        model,
-        optax.adam(optax.cosine_decay_schedule(learning_rate, config.steps)),
-        until=config.steps,
-    )
     trained = loop.train(
-        model,
-        optimizer,
+        loop.build(make_model, config),
+        optax.adam(optax.cosine_decay_schedule(learning_rate, config.steps)),
         loss_fn,
         (),
         config=config,

@@ -170,8 +170,7 @@ def train(
     num_pixels = dataset.train.images[0].size
     model = loop.build(make_model, config, num_pixels)
 
-    def loss_fn(model, key, step, split):
-        del step
+    def loss_fn(model, key, split):
         batch = jax.random.randint(key, (config.batch_size,), 0, len(split.labels))
         images, labels = devices.shard((split.images[batch], split.labels[batch]))
         logits = model(images)

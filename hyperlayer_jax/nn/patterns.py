@@ -54,7 +54,10 @@ class Sampled(Pattern):
             # Fixed points must be the same however many tokens follow.
             size = self.size(layer)
         shape = (size,) * tuples.means.shape[-1]
-        return layer.sampler(tuples, shape, where=where, implementation=layer.implementation)
+        # By name: `nnx.tabulate` takes no dataclass by position.
+        return layer.sampler(
+            tuples=tuples, shape=shape, where=where, implementation=layer.implementation
+        )
 
     def _keys(self, layer, tuples, rows, length, mask=None):
         """The pattern of tuples [B, N, R, k] of tokens at int32 `rows` [R], over `length` keys."""
