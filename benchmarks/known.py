@@ -8,7 +8,8 @@
 - words: the same where every example has 100 of the inputs alone, the 10 often among them.
 
 A seed has solved its bed when all places are among the student's (of taps and delays, when they are
-the student's), with the error that is left; also how many steps there were, and candidates drawn.
+the student's), with the error that is left; also how many steps there were, and candidates drawn,
+the mean milliseconds of a step, those with looks included, and the most memory of the process.
 """
 
 import json
@@ -129,6 +130,7 @@ def run(bed: Bed, seed: int, *, steps: int, every: int) -> dict:
         began = time.perf_counter()
         params, state, error = jax.block_until_ready(step(params, state, x))
         seconds.append(time.perf_counter() - began)
+        del x  # Before the next is drawn.
     model = nnx.merge(graphdef, params, rest)
     (tuples,) = (m for _, m in nnx.iter_modules(model) if isinstance(m, PlacedTuples))
     found = np.asarray(tuples.indices())

@@ -277,10 +277,6 @@ MODULES = {
     "SparseLinear": (lambda rngs: nn.SparseLinear(4, 3, 2, rngs=rngs), [TOKENS]),
     "sampled": (lambda rngs: nn.SparseLinear(4, 3, 2, values=1.0, rngs=rngs), [TOKENS]),
     "SparseConv": (lambda rngs: nn.SparseConv(4, 3, 2, (3,), rngs=rngs), [TOKENS]),
-    "SoftQuicksort": (
-        lambda rngs: nn.SoftQuicksort(num_samples=2, certainty=1.0, rngs=rngs),
-        [TOKENS, TOKENS[:2]],
-    ),
     "SparseSelfAttention": (lambda rngs: nn.SparseSelfAttention(4, 2, 8, rngs=rngs), [TOKENS]),
     "TransformerLM": (
         lambda rngs: nn.TransformerLM(11, 4, 2, 8, layers="wl", rngs=rngs),
@@ -294,6 +290,7 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_table_of_every_module(name):
+    """But for `SoftQuicksort`: Flax's tables fail on tuples of dataclasses."""
     make, shapes = MODULES[name]
     dtype = jnp.int32 if name == "TransformerLM" else jnp.float32
     model = make(nnx.Rngs(0))
