@@ -67,7 +67,7 @@ def needles(seed: int, num_inputs: int, num_outputs: int) -> Bed:
     def draw(key):
         # Signs: so many normal numbers would take longer than the step.
         words = jax.random.bits(key, (_BATCH, -(-num_inputs // 32)))
-        bits = words[..., None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+        bits = words[..., None] >> jnp.arange(32, dtype=jnp.uint32)[None, None] & 1
         return 2 * bits.reshape(_BATCH, -1)[:, :num_inputs].astype(jnp.float32) - 1
 
     found, weights, student, places = _needles(seed, num_inputs, num_outputs)
@@ -83,12 +83,12 @@ def words(seed: int, num_inputs: int, num_outputs: int) -> Bed:
         columns = jnp.concatenate([jnp.broadcast_to(found, (_BATCH, _NEEDLES)), others], -1)
         # Half of the ten are there, on average; what is absent has no place.
         there = jax.random.bernoulli(third, shape=columns.shape)
-        there |= jnp.arange(_STORED) >= _NEEDLES
+        there |= (jnp.arange(_STORED) >= _NEEDLES)[None]
         columns = jnp.where(there, columns, -1)
         return RowSparseTensor(columns[..., None], values, (_BATCH,), (num_inputs,))
 
     def target(x):
-        known = x.indices == jnp.asarray(found)
+        known = x.indices == found[None, None]
         return (x.values[..., None] * known).sum(1) @ weights
 
     found, weights, student, places = _needles(seed, num_inputs, num_outputs)

@@ -104,7 +104,7 @@ def jumps(
 ) -> Any:
     """Makes an optimizer of Optax move weights of little use to places where they would help.
 
-    Every so many steps, of the k `PlacedTuples` of each chunk the `fraction` that matters least (by
+    Every so many steps, of each chunk [k] of `PlacedTuples` the `fraction` that matters least (by
     the size of the value times the root mean square of its gradient) has no value for one step. In
     this step the layers' `explore` finds other places, and gradients decide: those of the largest
     have the tuples from then on. Tuples that stay get their values back. Those that jump start at
