@@ -11,38 +11,42 @@ import jax
 import optax
 from flax import nnx
 
-from benchmarks.timing import Contender, compare, main
+from benchmarks import report
+from benchmarks.contenders import Contender
+from benchmarks.timing import compare
 from hyperlayer_jax.nn import SparseLinear, jumps
 
 _SIZE, _BATCH = 2048, 64
 _EACH = (20, 2)
 
 
-def cases() -> Iterator[dict[str, Any]]:
-    x = jax.random.normal(jax.random.key(0), (_BATCH, _SIZE))
-    dense = nnx.Linear(_SIZE, _SIZE, rngs=nnx.Rngs(0))
+def cases(small: bool) -> Iterator[dict[str, Any]]:
+    """Yields the cases, of 64 inputs and outputs where small."""
+    size = 64 if small else _SIZE
+    x = jax.random.normal(jax.random.key(0), (_BATCH, size))
+    dense = nnx.Linear(size, size, rngs=nnx.Rngs(0))
     for each in _EACH:
-        layer = SparseLinear(_SIZE, _SIZE, each, by_output=True, use_bias=True, rngs=nnx.Rngs(0))
-        weights = each * _SIZE
-        name = f"SparseLinear {_SIZE} x {_SIZE}, {each} of {_SIZE} inputs, b={_BATCH}"
-        # Nothing to compare: other weights.
-        options = {"reference": lambda result: 0.0, "flops": 2 * _BATCH * weights}
+        layer = SparseLinear(size, size, each, by_output=True, use_bias=True, rngs=nnx.Rngs(0))
+        weights = each * size
+        name = f"SparseLinear {size} x {size}, {each} of {size} inputs, b={_BATCH}"
+        flops = 2 * _BATCH * weights
         evaluation = nnx.view(layer, deterministic=True)
         yield from compare(
             name,
             {"SparseLinear": _forward(evaluation, x), "nnx.Linear": _forward(dense, x)},
-            **options,
+            flops=flops,
         )
         yield from compare(
             f"{name}, training step",
             {"SparseLinear": _step(layer, x), "nnx.Linear": _step(dense, x)},
-            **options,
+            flops=flops,
         )
 
 
 def _forward(model: nnx.Module, x: jax.Array) -> Contender:
+    """The model as it is; other weights give other results: there is nothing to compare."""
     graphdef, state = nnx.split(model)
-    return Contender(lambda state, x: nnx.merge(graphdef, state)(x), (state, x))
+    return Contender(lambda state, x: nnx.merge(graphdef, state)(x), (state, x), same=False)
 
 
 def _step(model: nnx.Module, x: jax.Array) -> Contender:
@@ -60,8 +64,8 @@ def _step(model: nnx.Module, x: jax.Array) -> Contender:
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, dx
 
-    return Contender(step, (params, rest, optimizer.init(params), x))
+    return Contender(step, (params, rest, optimizer.init(params), x), same=False)
 
 
 if __name__ == "__main__":
-    main(cases)
+    report.main(sparse=cases)

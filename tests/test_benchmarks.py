@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import accuracy, contenders, device, report, table, timing
+from benchmarks import accuracy, contenders, device, known, report, table, timing
 from benchmarks.contenders import PLAIN, Contender
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -252,3 +253,10 @@ def test_a_part_that_hangs_is_ended_and_its_output_kept(tmp_path):
     assert device.run([sys.executable, "-c", code], log, 1) is None
     assert time.monotonic() - start < 20 and log.read_text().startswith("measured")
     assert device.run([sys.executable, "-c", "raise SystemExit(3)"], log, 20) == 3
+
+
+@pytest.mark.parametrize("bed", [known.needles, known.words])
+def test_a_few_of_ten_thousand_inputs_are_found(bed):
+    with jax.numpy_dtype_promotion("standard"):
+        result = known.run(bed(0, 10_000, 10), 0, steps=200, every=4)
+    assert result["found"] == result["of"] == 100 and result["error"] < 1e-3

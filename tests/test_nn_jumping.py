@@ -12,7 +12,6 @@ from laws import assert_close, assert_equal, call, floats, integers, largest_arr
 import hyperlayer_jax as hl
 from hyperlayer_jax import nn
 from hyperlayer_jax.nn import candidates, exploring
-from hyperlayer_jax.nn.exploring import meet as jumping_meet
 
 IN, OUT, EACH = (4, 8), (6,), 2
 STEPS, UNTIL, EVERY = 600, 500, 10
@@ -73,7 +72,8 @@ def test_draws_are_in_proportion(weights):
 def test_norms_are_those_of_the_rows_of_the_gradient():
     keys = jax.random.split(jax.random.key(0), 3)
     x, dy = jax.random.normal(keys[0], (5, 7)), jax.random.normal(keys[1], (6, 7))
-    found = candidates.norms(jax.random.uniform(keys[2], (4000, 6)), x, dy)
+    sums = candidates.random_sums(jax.random.uniform(keys[2], (4000, 6)), dy)
+    found = candidates.norms(sums, x.T)
     assert_close(found, jnp.linalg.norm(x @ dy.T, axis=-1), rtol=0.05)
 
 
@@ -226,42 +226,6 @@ def test_a_frozen_layer_is_the_evaluated_one_and_trains_values_alone(values):
     assert_close(jnp.tensordot(x, hl.todense(frozen.weight()), ((1, 2), (1, 2))), call(frozen, x))
     assert [path[-1] for path, _ in nnx.to_flat_state(nnx.state(frozen, nnx.Param))] == ["values"]
     assert type(model[0].tuples) is not type(frozen.tuples)
-
-
-def test_tuples_that_meet_go_where_their_value_would_help():
-    """The second and third of three at one place, to the two best that are free."""
-    places = jnp.array([[1], [1], [4], [1]], jnp.int32)
-    candidates = jnp.array([[4], [7], [7], [2], [9], [5]], jnp.int32)
-    gradients = jnp.array([-9.0, -4, -4, 5, -3, -0.5])
-    own = jnp.array([3.0, 3, 8, 3])
-    meet = lambda own: jumping_meet(  # noqa: E731
-        1.0, places, jnp.concatenate([candidates, places]), jnp.concatenate([gradients, own])
-    )[0]
-    assert_equal(meet(own), jnp.array([[0.0, 0], [7, 1], [0, 0], [9, 1]]))
-    assert not meet(-own).any() and not meet(own / 10).any()
-
-
-def test_of_two_units_on_one_place_one_finds_the_other_place():
-    model = nn.SparseLinear(4, 4, 1, values=1.0, min_sigma=0.05, rngs=nnx.Rngs(0))
-    raw = jnp.log(jnp.array([0.05, 1 / 3, 2 / 3, 0.05])) - jnp.log1p(
-        -jnp.array([0.05, 1 / 3, 2 / 3, 0.05])
-    )
-    model.tuples.means[...] = jnp.stack([raw, raw], -1)
-    model.tuples.sigmas[...] = jnp.full(4, -9.0)
-    adam = nn.jumps(jax.random.key(0), model, optax.adam(1e-3), until=40, every=4)
-    optimizer = nnx.Optimizer(model, adam, wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer, key):
-        x = jax.random.normal(key, (64, 4))
-        optimizer.update(model, nnx.grad(lambda model: ((model(x) - x) ** 2).mean())(model))
-
-    with jax.numpy_dtype_promotion("standard"):
-        for key in jax.random.split(jax.random.key(0), 12):
-            step(model, optimizer, key)
-    evaluation = nnx.view(model, deterministic=True)
-    assert_equal(hl.todense(evaluation.weight()), jnp.eye(4))
-    assert not model.tuples.jumped[...].any()
 
 
 def test_places_are_spread_evenly_and_all_different():

@@ -22,7 +22,7 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 from hyperlayer_jax import IndexTuples
-from hyperlayer_jax.nn import Sampler, SparseLinear, jumps
+from hyperlayer_jax.nn import Sampler, SparseLinear
 from train import devices, evaluation, figures, launcher, loop, runs
 
 _BATCH = 64
@@ -145,16 +145,9 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
     # A step of the same length in cells, whatever the size.
     learning_rate = config.learning_rate * 128 / size
-    model = loop.build(make_model, config)
-    optimizer = jumps(
-        jax.random.key(config.seed),
-        model,
-        optax.adam(optax.cosine_decay_schedule(learning_rate, config.steps)),
-        until=config.steps,
-    )
     trained = loop.train(
-        model,
-        optimizer,
+        loop.build(make_model, config),
+        optax.adam(optax.cosine_decay_schedule(learning_rate, config.steps)),
         loss_fn,
         (),
         config=config,

@@ -11,32 +11,24 @@ from hyperlayer_jax.nn.glimpse_baselines import (
     reinforce_loss,
 )
 from hyperlayer_jax.nn.hyperlayer import HyperLayer
-from hyperlayer_jax.nn.hypernetworks import ConvTuples, MLPTuples
+from hyperlayer_jax.nn.hypernetworks import AdaptiveTuples
 from hyperlayer_jax.nn.jumping import jump, jumps, weakest
 from hyperlayer_jax.nn.optim import shorten_steps
 from hyperlayer_jax.nn.sampler import Sampler
 from hyperlayer_jax.nn.sort import SoftQuicksort
 from hyperlayer_jax.nn.sparse import SparseLinear
 from hyperlayer_jax.nn.transformer import TransformerLM, generate
-from hyperlayer_jax.nn.tuples import (
-    FixedTuples,
-    FreeTuples,
-    MeetingTuples,
-    PlacedTuples,
-    freeze,
-)
+from hyperlayer_jax.nn.tuples import FixedTuples, FreeTuples, PlacedTuples, freeze
 
 __all__ = [
+    "AdaptiveTuples",
     "AttentionCache",
-    "ConvTuples",
     "FindingGlimpses",
     "FixedTuples",
     "FreeTuples",
     "GlimpseAttention",
     "Glimpses",
     "HyperLayer",
-    "MLPTuples",
-    "MeetingTuples",
     "PlacedTuples",
     "ReinforceGlimpses",
     "Sampler",

@@ -29,20 +29,19 @@ def chances(key: jax.Array, *shapes: Sequence[int]) -> list[jax.Array]:
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def norms(chance: jax.Array, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Estimates the norms of the rows of x dy^T, which is not formed, from a few random sums of dy.
+def random_sums(chance: jax.Array, x: jax.Array) -> jax.Array:
+    """Sums float32 [q, n] of the rows of x [i, n], with signs by chance [q, i] in [0, 1)."""
+    return jnp.where(chance < 0.5, -1.0, 1.0) @ x.astype(jnp.float32)
+
+
+def norms(sums: jax.Array, x: jax.Array) -> jax.Array:
+    """Estimates the norms [i] of the columns of dy x, which is not formed.
 
     Args:
-      chance: float32 [q, o] in [0, 1): the signs of q sums.
-      x: float [i, n].
-      dy: float [o, n].
-
-    Returns:
-      float32 [i].
+      sums: `random_sums` of dy [o, n], float32 [q, n].
+      x: float [n, i].
     """
-    signs = jnp.where(chance < 0.5, -1.0, 1.0)
-    sums = x.astype(jnp.float32) @ (signs @ dy.astype(jnp.float32)).T
-    return jnp.sqrt((sums**2).mean(-1))
+    return jnp.sqrt(((sums @ x.astype(jnp.float32)) ** 2).mean(0))
 
 
 def draw(chance: jax.Array, weights: jax.Array) -> jax.Array:

@@ -170,7 +170,10 @@ class GlimpseAttention(nnx.Module):
             rows_of(jnp.broadcast_to(sigmas[..., None, None, :], means.shape))[..., None, :],
             jnp.ones_like(rows[..., 0]),
         )
-        indices, values = self.sampler(tuples, shape, implementation=self.implementation)
+        # By name: `nnx.tabulate` takes no dataclass by position.
+        indices, values = self.sampler(
+            tuples=tuples, shape=shape, implementation=self.implementation
+        )
         implementation = serving(self.implementation, "ell_spmm")
         patches = read(images, indices, values, means, implementation=implementation)
         return Glimpses(patches, means, sigmas)

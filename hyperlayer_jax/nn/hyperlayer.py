@@ -31,7 +31,7 @@ class HyperLayer(nnx.Module):
     - `template`, int32 [*chunks, R], with `columns`: each chunk has fixed coordinates, but for its
       `columns`: means [*B, *chunks, k, len(columns)].
 
-    `MLPTuples` and `ConvTuples` are ready hypernetworks.
+    `AdaptiveTuples` is a ready hypernetwork.
     """
 
     def __init__(

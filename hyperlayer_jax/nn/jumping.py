@@ -1,6 +1,6 @@
 """Jumps: weights of little use move to places where a weight would help (docs/sparse.md).
 
-Layers with `PlacedTuples` or `MeetingTuples` pass what they compute through `explore`, which in the
+Layers with `PlacedTuples` pass what they compute through `explore`, which in the
 steps that `jumps` asks for finds good places on the way back, from the gradient at places that are
 likely to be good. `jumps`, around an optimizer, then moves tuples there.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hyperlayer_jax import checks
-from hyperlayer_jax.nn.tuples import MeetingTuples, PlacedTuples, check_positive
+from hyperlayer_jax.nn.tuples import PlacedTuples, check_positive
 
 # Of the mean of squared gradients from step to step.
 _DECAY = 0.98
@@ -104,13 +104,11 @@ def jumps(
 ) -> Any:
     """Makes an optimizer of Optax move weights of little use to places where they would help.
 
-    Every so many steps, of the k `PlacedTuples` of each chunk the `fraction` that matters least (by
+    Every so many steps, of each chunk [k] of `PlacedTuples` the `fraction` that matters least (by
     the size of the value times the root mean square of its gradient) has no value for one step. In
     this step the layers' `explore` finds other places, and gradients decide: those of the largest
     have the tuples from then on. Tuples that stay get their values back. Those that jump start at
     0, as do the optimizer's moments of their values. The fraction decays to 0 like half a cosine.
-    Of `MeetingTuples`, in such a step, one that shares its place with another moves to where its
-    value would help (`meet`).
 
     It sees to the places by itself: `optimizer` gets neither them nor their gradients. Gradients
     must come as they are: whatever changes them (clipping, scaling, `optax.MultiSteps`) belongs
@@ -136,15 +134,11 @@ def jumps(
     checks.check_count("until", until)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: got {fraction}, want a number in (0, 1]")
-    modules = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    paths = [path for path, module in modules.items() if isinstance(module, PlacedTuples)]
-    meeting = {path: m for path, m in modules.items() if isinstance(m, MeetingTuples)}
-    every_path = [*paths, *meeting]
-    if not every_path:
-        raise ValueError(
-            "model: got none with `PlacedTuples` or `MeetingTuples`, want weights that can jump"
-        )
-    hidden = dict.fromkeys((*path, name) for path in every_path for name in ("jumped", "looks"))
+    modules = nnx.iter_modules(model)
+    paths = [tuple(map(str, path)) for path, m in modules if isinstance(m, PlacedTuples)]
+    if not paths:
+        raise ValueError("model: got none with `PlacedTuples`, want weights that can jump")
+    hidden = dict.fromkeys((*path, name) for path in paths for name in ("jumped", "looks"))
 
     def select(tree, name):
         leaves = _leaves(tree)
@@ -152,9 +146,6 @@ def jumps(
 
     def at(name, leaves):
         return {(*path, name): leaf for path, leaf in zip(paths, leaves, strict=True)}
-
-    def means_of(leaves):
-        return {(*path, "means"): leaves[*path, "means"] for path in meeting}
 
     def looks(step):
         return (step % every == every // 2) & (step < until)
@@ -197,20 +188,16 @@ def jumps(
                 )
             ]
             fresh = [jnp.where(m, 0, s) for m, s in zip(moved, squares, strict=True)]
-            means, masks = means_of(changes[1]), at("values", moved)
-            for name, change in means.items():
-                other = _leaves(updates)[*name[:-1], "jumped"]
-                means[name], masks[name] = meeting[name[:-1]].travel(leaves[name], change, other)
-            return to, back, fresh, means, _reset(inner, masks)
+            return to, back, fresh, _reset(inner, at("values", moved))
 
         def proceed():
             new = [
                 (value + change).astype(value.dtype)
                 for value, change in zip(values, changes[0], strict=True)
             ]
-            return places, new, squares, means_of(changes[1]), inner
+            return places, new, squares, inner
 
-        to, values_, squares, means, inner = jax.lax.cond(looks(step), decide, proceed)
+        to, values_, squares, inner = jax.lax.cond(looks(step), decide, proceed)
         first, *keys = jax.random.split(jax.random.fold_in(key, step), 1 + len(paths))
         next_ = looks(step + 1)
 
@@ -224,8 +211,8 @@ def jumps(
             return [weakest(k, use, part) for k, use in zip(keys, uses, strict=True)]
 
         doubtful = jax.lax.cond(next_, doubt, lambda: list(map(jnp.zeros_like, doubtful)))
-        seeds = jnp.where(next_, jax.random.uniform(first, (len(every_path),), minval=0.5), 0)
-        seeds = dict(zip(every_path, seeds, strict=True))
+        seeds = jnp.where(next_, jax.random.uniform(first, (len(paths),), minval=0.5), 0)
+        seeds = dict(zip(paths, seeds, strict=True))
         own = (
             at("jumped", map(jnp.subtract, to, places))
             | at(
@@ -235,9 +222,7 @@ def jumps(
                     for d, new, old in zip(doubtful, values_, values, strict=True)
                 ],
             )
-            | {name: jnp.zeros_like(leaves[name]) for name in hidden if name[:-1] in meeting}
             | {(*path, "looks"): seed - leaves[*path, "looks"] for path, seed in seeds.items()}
-            | means
         )
         updates = _replace(updates, changes[1] | own)
         return updates, JumpState(step + 1, squares, doubtful, values_, inner)

@@ -9,17 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hyperlayer_jax import kernels
-from hyperlayer_jax.nn.candidates import SUMS, chances, draw, norms, num_candidates, unravel
+from hyperlayer_jax.nn.candidates import SUMS, chances, draw, num_candidates, unravel
 from hyperlayer_jax.nn.exploring import explore
 from hyperlayer_jax.nn.hyperlayer import axes, check_input
+from hyperlayer_jax.nn.inputs import DenseInputs, SparseInputs
 from hyperlayer_jax.nn.sampler import Sampler
-from hyperlayer_jax.nn.tuples import (
-    FixedTuples,
-    FreeTuples,
-    MeetingTuples,
-    PlacedTuples,
-    check_positive,
-)
+from hyperlayer_jax.nn.tuples import FixedTuples, FreeTuples, PlacedTuples, check_positive
 from hyperlayer_jax.tensors import ravel
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
@@ -83,8 +78,7 @@ class SparseLinear(nnx.Module):
             # As in a dense layer: outputs vary as inputs do.
             self.tuples = PlacedTuples(chunks, count, space, scale=num_tuples**-0.5, rngs=rngs)
         else:
-            kind = FreeTuples if values is None else MeetingTuples
-            self.tuples = kind(
+            self.tuples = FreeTuples(
                 chunks, count, space,
                 values=values, sigma_scale=sigma_scale, min_sigma=min_sigma, rngs=rngs,
             )  # fmt: skip
@@ -94,12 +88,26 @@ class SparseLinear(nnx.Module):
         self.implementation = implementation
         self.bias = nnx.Param(jnp.zeros(self.out_shape)) if use_bias else nnx.data(None)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [*B, *in_shape] to [*B, *out_shape]."""
-        batch = x.shape[: check_input(x, self.in_shape)]
-        # The batch travels as the last axis: a weight then reads a whole row.
-        x = jnp.asarray(x).reshape(math.prod(batch), math.prod(self.in_shape))
-        y = self._multiply(x)
+    def __call__(self, x: jax.Array | RowSparseTensor) -> jax.Array:
+        """Maps x [*B, *in_shape] to [*B, *out_shape].
+
+        Of very many inputs that are mostly 0, such as words, x may hold the others alone: p for
+        each example, `RowSparseTensor(indices [n, p, r], values [n, p], B, in_shape)`, n = prod(B).
+        """
+        inputs: DenseInputs | SparseInputs
+        if isinstance(x, RowSparseTensor):
+            batch = x.out_shape
+            if x.in_shape != self.in_shape or x.values.ndim != 2:
+                raise ValueError(
+                    f"x: got in_shape {x.in_shape} and {x.values.ndim} axes of values, want "
+                    f"{self.in_shape} and 2"
+                )
+            inputs = SparseInputs.of(x)
+        else:
+            batch = x.shape[: check_input(x, self.in_shape)]
+            size = math.prod(batch), math.prod(self.in_shape)
+            inputs = DenseInputs(jnp.asarray(x).reshape(size))
+        y = self._multiply(inputs)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype).reshape(-1, 1)
         return y.T.reshape(*batch, *self.out_shape)
@@ -122,70 +130,56 @@ class SparseLinear(nnx.Module):
         # By name: `nnx.tabulate` takes no dataclass by position.
         return self.sampler(tuples=tuples(), shape=tuples.shape, implementation=self.implementation)
 
-    def _multiply(self, x: jax.Array) -> jax.Array:
-        """Maps x [n, i] to [o, n]."""
+    def _multiply(self, x: DenseInputs | SparseInputs) -> jax.Array:
+        """Maps n inputs to [o, n]; the batch is the last axis: a weight reads a whole row."""
         in_shape, num_rows = self.in_shape, math.prod(self.out_shape)
         operation = "ell_spmm" if self.by_output else "spmm"
         implementation = kernels.serving(self.implementation, operation)
         tuples = self.tuples
-        meeting = isinstance(tuples, MeetingTuples)
         places, values = self._entries()
-        values = values.astype(x.dtype)
-        columns, inputs = _read(x, ravel(places[..., -len(in_shape) :], in_shape))
+        columns, inputs = x.read(ravel(places[..., -len(in_shape) :], in_shape))
+        values = values.astype(inputs.dtype)
         if self.by_output:
             y = kernels.ell_spmm(columns, values, inputs, implementation=implementation)
-            propose = functools.partial(_propose_by_output, in_shape, implementation, meeting)
+            propose = functools.partial(_propose_by_output, in_shape, implementation)
         else:
             rows = ravel(places[..., : -len(in_shape)], self.out_shape)
             y = kernels.spmm(
                 rows, columns, values, inputs, num_rows=num_rows, implementation=implementation
             )
-            propose = functools.partial(_propose, self.out_shape, in_shape, implementation, meeting)
-        if isinstance(tuples, PlacedTuples | MeetingTuples):
+            propose = functools.partial(_propose, self.out_shape, in_shape, implementation)
+        if isinstance(tuples, PlacedTuples):
             return explore(propose, tuples, x, y)
         return y
 
 
-def _read(x, columns):
-    """Columns int32 [...] of x [n, i] as rows of another array: which [...], and that array [*, n].
-
-    A batch has to be turned for products with few weights; of a very wide one, only what is used.
-    """
-    if columns.size >= x.shape[1]:
-        return columns, x.T
-    used = jnp.take(x, columns.ravel(), axis=1).T
-    return jnp.arange(columns.size, dtype=jnp.int32).reshape(columns.shape), used
-
-
-def _propose_by_output(in_shape, implementation, meeting, key, places, x, dy):
+def _propose_by_output(in_shape, implementation, key, places, x, dy):
     """Candidates int32 [o, c, r] for every output, likely good ones, and their gradients.
 
     Half of them are the inputs that matter most to all outputs together, and half are drawn.
     """
     rows, c = dy.shape[0], num_candidates(places.shape[-2])
-    num_top = min(c // 2, x.shape[1])
+    num_top = min(c // 2, x.num_candidates)
     chance, signs = chances(key, (rows, c - num_top), (SUMS, rows))
-    importance = norms(signs, x.T, dy)
+    importance = x.column_norms(signs, dy)
     top = jax.lax.top_k(importance, num_top)[1].astype(jnp.int32)
-    top = jnp.broadcast_to(top[None], (rows, num_top))
-    own = [ravel(places, in_shape)] if meeting else []
-    columns = jnp.concatenate([top, draw(chance, importance), *own], -1)
-    read, inputs = _read(x, columns)
-    return unravel(columns, in_shape), kernels.ell_sddmm(
-        read, dy, inputs, implementation=implementation
-    )
+    columns = x.names(jnp.concatenate([top, draw(chance, importance).ravel()]))
+    read, inputs = x.read(columns)
+
+    def of_rows(array):
+        shared = jnp.broadcast_to(array[:num_top], (rows, num_top))
+        return jnp.concatenate([shared, array[num_top:].reshape(rows, -1)], -1)
+
+    gradients = kernels.ell_sddmm(of_rows(read), dy, inputs, implementation=implementation)
+    return unravel(of_rows(columns), in_shape), gradients
 
 
-def _propose(out_shape, in_shape, implementation, meeting, key, places, x, dy):
+def _propose(out_shape, in_shape, implementation, key, places, x, dy):
     """Candidates int32 [c, R] anywhere, likely good ones, and their gradients."""
-    sizes, c = (dy.shape[0], x.shape[1]), num_candidates(places.shape[-2])
+    sizes, c = (dy.shape[0], x.num_candidates), num_candidates(places.shape[-2])
     chance, *signs = chances(key, (2, c), *((SUMS, size) for size in sizes))
-    rows = draw(chance[0], norms(signs[1], dy, x.T))
-    columns = draw(chance[1], norms(signs[0], x.T, dy))
-    if meeting:
-        num_out = len(out_shape)
-        rows = jnp.concatenate([rows, ravel(places[..., :num_out], out_shape)])
-        columns = jnp.concatenate([columns, ravel(places[..., num_out:], in_shape)])
+    rows = draw(chance[0], x.row_norms(signs[1], dy))
+    columns = x.names(draw(chance[1], x.column_norms(signs[0], dy)))
     candidates = jnp.concatenate([unravel(rows, out_shape), unravel(columns, in_shape)], -1)
-    read, inputs = _read(x, columns)
+    read, inputs = x.read(columns)
     return candidates, kernels.sddmm(rows, read, dy, inputs, implementation=implementation)

@@ -11,8 +11,7 @@ from flax import nnx
 from hyperlayer_jax import checks
 from hyperlayer_jax.hyperlayer import round_tuples
 from hyperlayer_jax.nn.candidates import unravel
-from hyperlayer_jax.sampling import round_means
-from hyperlayer_jax.transforms import per_axis, transform_means, transform_sigmas
+from hyperlayer_jax.transforms import transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
 
 
@@ -95,7 +94,7 @@ class FreeTuples(nnx.Module):
 
     def freeze(self) -> FixedTuples:
         """Where the means round to, from now on fixed, and values to train."""
-        return FixedTuples(*round_tuples(FreeTuples.__call__(self), self.shape), self.shape)
+        return FixedTuples(*round_tuples(self(), self.shape), self.shape)
 
 
 class PlacedTuples(FixedTuples):
@@ -162,58 +161,27 @@ class PlacedTuples(FixedTuples):
             self.deterministic = deterministic
 
 
-class MeetingTuples(FreeTuples):
-    """Free tuples of a fixed value. With `jumps`, one that meets another goes to a better place."""
-
-    def __init__(
-        self, chunks: Sequence[int], num_tuples: int, shape: Sequence[int], **options: Any
-    ):
-        """As `FreeTuples`."""
-        super().__init__(chunks, num_tuples, shape, **options)
-        self.value = float(options["values"])
-        # What a look finds: see `explore`.
-        self.jumped = nnx.Param(jnp.zeros((*self.sigmas.shape, len(self.shape) + 1)))
-        self.looks = nnx.Param(jnp.zeros(self.sigmas.shape))
-        self.deterministic = False
-
-    def indices(self) -> jax.Array:
-        """Where the means round to, int32 [*chunks, k, r]."""
-        return round_means(jax.lax.stop_gradient(self().means), self.shape)
-
-    def travel(
-        self, means: jax.Array, change: jax.Array, found: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Which changes of raw means [*chunks, k, r] to make, and of which tuples they are jumps.
-
-        Args:
-          means: the raw means.
-          change: of them, by an optimizer.
-          found: places with a 1 behind for tuples that jump, 0 for others [*chunks, k, r + 1].
-        """
-        whole = (found == jnp.round(found)).all(-1, keepdims=True)
-        jump = jnp.broadcast_to((found[..., -1:] == 1) & whole, means.shape)
-        # Not quite the first index or the last, which are infinitely far away.
-        last = per_axis(np.maximum(np.asarray(self.shape, np.float32) - 1, 0.5), means)
-        part = jnp.clip(found[..., :-1], 0.25, last - 0.25) / last
-        new = jnp.log(part) - jnp.log1p(-part) - means
-        return jnp.where(jump, new.astype(means.dtype), change), jump
-
-    set_view = PlacedTuples.set_view
-
-
 def freeze(model: Any) -> Any:
-    """A copy of a model whose sparse layers keep their weights where evaluation has them.
+    """A copy of a model whose `SparseLinear`s and `SparseConv`s keep their weights where they are.
 
-    Values stay parameters, to train on; any optimizer leaves the places alone.
+    Values stay parameters, to train on; any optimizer leaves the places alone. A `HyperLayer` stays
+    what it is: where its weights are depends on its input.
 
     Args:
-      model: a module, such as a `SparseLinear` or `SparseConv`, or one that has some.
+      model: a module that is or has such layers.
+
+    Raises:
+      ValueError: it has none.
     """
     model = nnx.clone(model)
-    for _, module in list(nnx.iter_modules(model)):
-        tuples = getattr(module, "tuples", None)
-        if isinstance(tuples, FixedTuples | FreeTuples):
-            module.tuples = tuples.freeze()  # type: ignore[attr-defined]
+    kinds = FixedTuples | FreeTuples
+    layers = [
+        m for _, m in nnx.iter_modules(model) if isinstance(getattr(m, "tuples", None), kinds)
+    ]
+    if not layers:
+        raise ValueError("model: got no SparseLinear or SparseConv, want one at least")
+    for layer in layers:
+        layer.tuples = layer.tuples.freeze()  # type: ignore[attr-defined]
     return model
 
 
