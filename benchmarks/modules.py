@@ -1,8 +1,9 @@
 """Whole attention layers, from tokens to tokens: projections, position network, attention.
 
 Learned layers have 32 points for each token and head, block layers as many for each block of 64
-tokens. Kernels are those that a layer chooses by itself. On a GPU, dense layers and windows take
-cudnn, as a user's would; and the errors are those of layers in bfloat16 from the same in float32.
+tokens, and content layers find 16 keys for each token and head, beside a window of 16. Kernels are
+those that a layer chooses by itself. On a GPU, dense layers and windows take cudnn, as a user's
+would; and the errors are those of layers in bfloat16 from the same in float32.
 """
 
 import functools
@@ -74,10 +75,10 @@ def _groups(length, on_cpu):
     """Our layer and its rivals. On a CPU one rival at a time: gigabytes that a dense layer has just
     given back slow down its peers."""
     if not on_cpu:
-        return [("block", "learned", "window", "dense")]
+        return [("block", "learned", "content", "window", "dense")]
     if length > _MAX_PLAIN_LENGTH:
-        return [("learned", "window")]
-    return [("learned", "window"), ("learned", "dense"), ("block", "dense")]
+        return [("learned", "window"), ("content", "window")]
+    return [("learned", "window"), *((ours, "dense") for ours in ("learned", "block", "content"))]
 
 
 def _layer(kind, heads, length, dtype, same=True):

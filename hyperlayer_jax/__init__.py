@@ -4,6 +4,7 @@ P. Bloem, "Learning sparse transformations through backpropagation", arXiv 1810.
 """
 
 from hyperlayer_jax.attention import sparse_attention
+from hyperlayer_jax.content import content_points, nearest_keys
 from hyperlayer_jax.density import duplicate_mask, redistribute
 from hyperlayer_jax.grids import affine_means, bilinear, box_means, quad_means
 from hyperlayer_jax.hyperlayer import apply_template, discretize, round_tuples
@@ -35,9 +36,11 @@ __all__ = [
     "bilinear",
     "box_means",
     "bucket_starts",
+    "content_points",
     "contract",
     "discretize",
     "duplicate_mask",
+    "nearest_keys",
     "quad_means",
     "redistribute",
     "round_tuples",

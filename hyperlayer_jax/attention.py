@@ -76,7 +76,8 @@ def sparse_attention(
             # Blocks are read whole, and 0 times what is not finite would reach queries before it.
             finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
             key, value = (jnp.where(finite[..., None], x, 0) for x in (key, value))
-            broken = jnp.repeat(~finite, heads // key_heads, axis=1)
+            broken = ~finite if mask is None else ~finite & mask[:, None]
+            broken = jnp.repeat(broken, heads // key_heads, axis=1)
         key, value = (jnp.repeat(x, heads // key_heads, axis=1) for x in (key, value))
         out = kernels.block_attention(
             query,

@@ -4,18 +4,19 @@ A sequence of s items, sorted beforehand, goes through ceil(log2(s)) levels. At 
 counted down to 0, its buckets are the aligned ranges of 2^(b + 1) places, and each is split in its
 middle.
 
-States are stored in the order of the reflected binary code: place i is in slot i ^ (i >> 1). Two
-items equally far from a split then differ in one bit of their slots, that of the level, so that no
-item has to be looked for, and all levels are one program.
+Blocks of places are stored in the order of the reflected binary code: block i is in slot
+i ^ (i >> 1). Two blocks equally far from a split then differ in one bit of their slots, that of the
+level, so that no item has to be looked for, and all levels above a block are one program. Within a
+block, places are in order.
 """
 
 import functools
-import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Beyond it an exchange is certain, and sums over a block are still finite.
 _MAX_LOG_ODDS = 30.0
@@ -28,46 +29,56 @@ class Step(NamedTuple):
     """What a level does to s places.
 
     Attributes:
-      sources: int32 [*B, s, p] or [s, p], the places that each place takes from.
-      values: float [*B, s, p], how much it takes from each; they sum to 1.
-      state: float [*B, s, F], the features at all places afterwards.
+      sources: int32 [*B, s, p] or [s, p], the places that each place takes from, itself first.
+      values: float [*B, s, p], how much it takes from each; they sum to 1, and what i takes from j
+        is what j takes from i.
+      scores: float [*B, s] at all places afterwards.
+      items: float [*B, s, d] at all places afterwards.
     """
 
     sources: jax.Array
     values: jax.Array
-    state: jax.Array
+    scores: jax.Array
+    items: jax.Array
 
 
 class Level(NamedTuple):
-    """What a level has left behind.
+    """What a level, or each of several, does to blocks of h slots.
 
     Attributes:
-      state: float [*B, blocks, F, h], features by slot afterwards.
-      rates: float [*B, pairs of blocks, h, h], how much two items exchange.
+      scores: float [*B, blocks, h], by slot afterwards.
+      rates: float [*B, blocks / 2, h, h], how much two items of a pair of blocks exchange.
     """
 
-    state: jax.Array
+    scores: jax.Array
     rates: jax.Array
 
 
-def slot_of_place(size: int) -> jax.Array:
-    """int32 [size]: the slot of each place."""
-    place = jax.lax.iota(jnp.uint32, size)
-    return (place ^ (place >> 1)).astype(jnp.int32)
+class Levels(NamedTuple):
+    """Those between blocks, stacked, if any; and those within a block, of halving widths."""
+
+    above: Any
+    below: list[Level]
 
 
-def place_of_slot(size: int) -> jax.Array:
+def block_size(size: int, partners: int) -> int:
+    """How many items a block of a sequence of `size` has, `partners` a power of two."""
+    return min(partners, max((1 << (size - 1).bit_length()) // 2, 1))
+
+
+def place_of_slot(size: int, block: int) -> jax.Array:
     """int32 [2^ceil(log2(size))]: the place in each slot, `size` or more where there is none."""
-    place = jax.lax.iota(jnp.uint32, 1 << (size - 1).bit_length())
+    slot = jax.lax.iota(jnp.uint32, 1 << (size - 1).bit_length())
+    place = slot // block
     for shift in (1, 2, 4, 8, 16):
         place ^= place >> shift
-    return place.astype(jnp.int32)
+    return (place * block + slot % block).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames="partners")
+@functools.partial(jax.jit, static_argnames="block")
 def loosen(
-    state: jax.Array, present: jax.Array | None, partners: int, certainty: jax.Array
-) -> tuple[jax.Array, tuple[Level | None, list[Level]]]:
+    scores: jax.Array, present: jax.Array | None, block: int, certainty: jax.Array
+) -> Levels:
     """Lets sorted items exchange places with others across the split, level by level.
 
     Each item may exchange with those that share the upper bits of its distance from the split: a
@@ -75,131 +86,253 @@ def loosen(
     exchanges that either of the two might make), equation 11 of docs/method.md.
 
     Args:
-      state: float [*B, N, F] by slot, N a power of two, 0 where absent. The score comes first.
+      scores: float [*B, N] by slot, N a power of two, 0 where absent.
       present: bool [*B, N] or [N] by slot; None if all are.
-      partners: items in a block at most, a power of two.
+      block: see `block_size`.
       certainty: see above.
 
     Returns:
-      The state by slot after all levels; and the levels, those of upper bits stacked into one.
+      All levels.
     """
-    *batch, size, features = state.shape
-    block = min(partners, max(size // 2, 1))
+    *batch, size = scores.shape
     blocks = size // block
-    state = jnp.swapaxes(state.reshape(*batch, blocks, block, features), -1, -2)
+    certainty = jnp.asarray(certainty).astype(scores.dtype)
+    scores = scores.reshape(*batch, blocks, block)
     seen = None if present is None else present.reshape(*present.shape[:-1], blocks, block)
 
     def upper(carry, level):
-        state, seen = carry
+        scores, seen = carry
         path = jax.lax.iota(jnp.uint32, blocks // 2) & ((jnp.uint32(1) << level) - 1)
-        halves = _halves(state.reshape(*batch, 2, blocks // 2, features, block), -4)
-        both = (
-            None
-            if seen is None
-            else _halves(seen.reshape(*seen.shape[:-2], 2, blocks // 2, block), -3)
-        )
-        low, high, rates = _exchange(halves[0], halves[1], both, path, certainty)
+        # The bits that lead to a bucket say which side is the upper one.
+        sign = 1 - 2 * (jax.lax.population_count(path) & 1).astype(scores.dtype)
+        low, high = _halves(scores, -2)
+        both = None if seen is None else _halves(seen, -2)
+        low, high, rates = _exchange(low, high, both, certainty * sign)
         # The bit of the next level becomes the first.
-        state = jnp.stack([low, high], -3).reshape(state.shape)
+        scores = jnp.stack([low, high], -2).reshape(scores.shape)
         seen = None if both is None else jnp.stack(both, -2).reshape(seen.shape)
-        return (state, seen), Level(state, rates)
+        return (scores, seen), Level(scores, rates)
 
-    above, below = None, []
+    above, below, width = None, [], block
     if blocks > 1:
         count = jax.lax.iota(jnp.uint32, blocks.bit_length() - 1)
-        (state, seen), above = jax.lax.scan(upper, (state, seen), count)
-    while block > 1:
-        path = jax.lax.iota(jnp.uint32, blocks)
-        halves = _halves(state.reshape(*batch, blocks, features, 2, block // 2), -2)
-        both = None
-        if seen is not None:
-            both = _halves(seen.reshape(*seen.shape[:-1], 2, block // 2), -2)
-        low, high, rates = _exchange(halves[0], halves[1], both, path, certainty)
-        blocks, block = 2 * blocks, block // 2
-        state = jnp.stack([low, high], -3).reshape(*batch, blocks, features, block)
+        (scores, seen), above = jax.lax.scan(upper, (scores, seen), count, unroll=_unroll(blocks))
+    while width > 1:
+        low, high = _halves(scores, -1)
+        both = None if seen is None else _halves(seen, -1)
+        low, high, rates = _exchange(low, high, both, jnp.full(size // width, certainty))
+        width //= 2
+        scores = jnp.stack([low, high], -2).reshape(*batch, size // width, width)
         if both is not None:
-            seen = jnp.stack(both, -2).reshape(*both[0].shape[:-2], blocks, block)
-        below.append(Level(state, rates))
-    return state.reshape(*batch, size, features), (above, below)
+            seen = jnp.stack(both, -2).reshape(*both[0].shape[:-2], size // width, width)
+        below.append(Level(scores.reshape(*batch, blocks, block), rates))
+    return Levels(above, below)
 
 
 def _halves(x, axis):
-    return [jax.lax.index_in_dim(x, side, axis, keepdims=False) for side in (0, 1)]
+    return jnp.split(x, 2, axis)
 
 
-def _exchange(low, high, present, path, certainty):
-    """Blocks [*B, blocks, F, h] on both sides of splits after exchanging, and the rates.
+def _unroll(blocks):
+    """Few levels are a program without a loop; many are one whose length does not grow."""
+    return blocks.bit_length() <= 4
 
-    The bits of a path that lead to a bucket say which side is the upper one: that of 1 after an
-    even number of ones.
-    """
-    shape = low.shape
-    *lead, features, width = shape
-    flat = (math.prod(lead), features, width)
-    low, high = low.reshape(flat), high.reshape(flat)
-    sign = 1 - 2 * (jax.lax.population_count(path) & 1).astype(low.dtype)
-    scale = -certainty * jnp.broadcast_to(sign, lead).reshape(flat[0], 1, 1)
-    log_odds = scale * (high[:, 0, None, :] - low[:, 0, :, None])
+
+def _exchange(low, high, present, certainty):
+    """Scores [*B, m, h] on both sides of m splits after exchanging, and the rates [*B, m, h, h]."""
+    gaps = high[..., None, :] - low[..., :, None]
+    log_odds = -jnp.broadcast_to(certainty[:, None, None], gaps.shape) * gaps
     odds = jnp.exp(jnp.minimum(log_odds, _MAX_LOG_ODDS))
     if present is not None:
-        rows, columns = (
-            jnp.broadcast_to(p, (*lead, width)).reshape(flat[0], width) for p in present
-        )
-        odds = jnp.where(rows[:, :, None] & columns[:, None, :], odds, 0)
-    rates = odds / (1 + odds.sum(2, keepdims=True) + odds.sum(1, keepdims=True) - odds)
-    ones = jnp.ones_like(low[:, :1])
-    up = _product("mdj,mij->mdi", jnp.concatenate([ones, high], 1), rates)
-    down = _product("mdi,mij->mdj", jnp.concatenate([ones, low], 1), rates)
-    low, high = ((1 - y[:, :1]) * x + y[:, 1:] for x, y in ((low, up), (high, down)))
-    return low.reshape(shape), high.reshape(shape), rates.reshape(*lead, width, width)
+        there = present[0][..., :, None] & present[1][..., None, :]
+        odds = jnp.where(jnp.broadcast_to(there, odds.shape), odds, 0)
+    rates = odds / (1 + odds.sum(-1, keepdims=True) + odds.sum(-2, keepdims=True) - odds)
+    up = (1 - rates.sum(-1)) * low + (rates * high[..., None, :]).sum(-1)
+    down = (1 - rates.sum(-2)) * high + (rates * low[..., :, None]).sum(-2)
+    return up, down, rates
 
 
-def steps(above: Level | None, below: list[Level], size: int) -> Iterator[Step]:
-    """The steps that `loosen` took with a sequence of `size` places, from what it returns."""
-    place = jax.lax.iota(jnp.uint32, size)[:, None]
+class States(NamedTuple):
+    """Items by slot, float [*B, blocks, h, d], on one side of all levels; those above stacked."""
+
+    above: Any
+    below: list[jax.Array]
+
+
+@jax.jit
+def carry(levels: Levels, items: jax.Array) -> States:
+    """What becomes of sorted items that exchange places as `levels` say.
+
+    Args:
+      levels: what `loosen` returned.
+      items: float [*B, blocks, h, d] by slot.
+
+    Returns:
+      The items after each level.
+    """
+    *batch, blocks, block, features = items.shape
+
+    def upper(items, rates):
+        pairs = jnp.swapaxes(items.reshape(*batch, 2, blocks // 2, block, features), -4, -3)
+        pairs = pairs.reshape(*batch, blocks // 2, 2 * block, features)
+        items = _multiply(_dense(rates), pairs).reshape(*batch, blocks, block, features)
+        return items, items
+
+    above, below = None, []
+    if levels.above is not None:
+        rates = levels.above.rates
+        items, above = jax.lax.scan(upper, items, rates, unroll=_unroll(blocks))
+    through = None
+    for _, rates in levels.below:
+        # Small steps are put together before they meet the items.
+        step = _within(rates, block)
+        through = step if through is None else _multiply(step, through)
+        below.append(_multiply(through, items))
+    return States(above, below)
+
+
+@jax.jit
+def carry_back(levels: Levels, items: jax.Array) -> States:
+    """The transpose of `carry`: each level is its own.
+
+    Args:
+      levels: what `loosen` returned.
+      items: float [*B, blocks, h, d] by slot, after all levels.
+
+    Returns:
+      What they were before each level.
+    """
+    *batch, blocks, block, features = items.shape
+
+    def upper(items, rates):
+        pairs = items.reshape(*batch, blocks // 2, 2 * block, features)
+        pairs = _multiply(_dense(rates), pairs).reshape(*batch, blocks // 2, 2, block, features)
+        items = jnp.swapaxes(pairs, -4, -3).reshape(*batch, blocks, block, features)
+        return items, items
+
+    above, below, through = None, [], None
+    for _, rates in levels.below[::-1]:
+        step = _within(rates, block)
+        through = step if through is None else _multiply(step, through)
+        below.append(_multiply(through, items))
+    if levels.above is not None:
+        items, rates = (below[-1] if below else items), levels.above.rates
+        _, above = jax.lax.scan(upper, items, rates, reverse=True, unroll=_unroll(blocks))
+    return States(above, below[::-1])
+
+
+def _multiply(matrices, items):
+    return _product("...ij,...jd->...id", matrices, items)
+
+
+def _within(rates, block):
+    """The permutation [*B, blocks, h, h] of a block, of rates [*B, m, w, w] of parts of it."""
+    step = _dense(rates)
+    *batch, m, width, _ = step.shape
+    count = block // width
+    shape = *batch, m // count, count, width, count, width
+    same = jnp.eye(count, dtype=bool)[:, None, :, None]
+    step = step.reshape(*batch, m // count, count, width, 1, width)
+    step = jnp.where(jnp.broadcast_to(same, shape), jnp.broadcast_to(step, shape), 0)
+    return step.reshape(*batch, m // count, block, block)
+
+
+def _dense(rates):
+    """The permutation [*B, m, 2h, 2h] of both sides of splits, of rates [*B, m, h, h]."""
+    eye = jnp.broadcast_to(jnp.eye(rates.shape[-1], dtype=bool), rates.shape)
+    stay = [jnp.where(eye, 1 - rates.sum(axis)[..., None], 0) for axis in (-1, -2)]
+    low = jnp.concatenate([stay[0], rates], -1)
+    high = jnp.concatenate([jnp.swapaxes(rates, -1, -2), stay[1]], -1)
+    return jnp.concatenate([low, high], -2)
+
+
+def last(levels: Levels, states: States, size: int) -> tuple[jax.Array, jax.Array]:
+    """The scores [*B, size] and items [*B, size, d] by place, of several, after all levels."""
+    if levels.below:
+        scores, items = levels.below[-1].scores, states.below[-1]
+    else:
+        scores, items = jax.tree.map(lambda x: x[-1], (levels.above.scores, states.above))
+    axis = scores.ndim - 2
+    bits = scores.shape[axis].bit_length() - 1
+    return by_place(scores, axis, bits, size), by_place(items, axis, bits, size)
+
+
+def first(states: States, size: int) -> list[jax.Array]:
+    """Items [*B, size, d] by place before each level, of what `carry_back` returned."""
+    axis = states.above.ndim - 4
+    stacked = [by_place(x, axis, turns, size) for turns, x in enumerate(states.above)]
+    return [*stacked, *(by_place(x, axis, len(stacked), size) for x in states.below)]
+
+
+def steps(levels: Levels, states: States, size: int) -> Iterator[Step]:
+    """The steps of a sequence of `size` places, from what `loosen` and `carry` return."""
     bits = (size - 1).bit_length()
-    stacked = bits - len(below)
+    stacked = bits - len(levels.below)
+    place = jax.lax.iota(jnp.int32, size)[:, None]
     for t in range(bits):
-        level = below[t - stacked] if t >= stacked else jax.tree.map(lambda x: x[t], above)  # noqa: B023
-        bit, width = bits - 1 - t, level.rates.shape[-1]
-        inner = width.bit_length() - 1
-        near = jax.lax.broadcasted_iota(jnp.uint32, (1, width), 1)
-        partner = place ^ ((2 << bit) - 1) ^ near
-        slot, other = place ^ (place >> 1), partner ^ (partner >> 1)
-        block = slot >> inner
-        pair = _rotate(block, t, bits - inner) & ((1 << (bits - inner - 1)) - 1)
-        is_high = (slot >> bit) & 1 == 1
-        here, there = slot & (width - 1), other & (width - 1)
-        row, column = jnp.where(is_high, there, here), jnp.where(is_high, here, there)
-        pair, row, column = (x.astype(jnp.int32) for x in (pair, row, column))
-        values = level.rates[..., pair, row, column]
+        if t < stacked:
+            level, items = jax.tree.map(lambda x: x[t], (levels.above, states.above))  # noqa: B023
+        else:
+            level, items = levels.below[t - stacked], states.below[t - stacked]
+        width = level.rates.shape[-1]
+        near = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+        if t < stacked:
+            partner = (place // width ^ ((2 << (stacked - 1 - t)) - 1)) * width + near
+        else:
+            partner = (place // width ^ 1) * width + near
+        values = jnp.stack([level.rates, jnp.swapaxes(level.rates, -1, -2)], -3)
+        values = values.reshape(*level.scores.shape, width)
+        values, scores, items = (
+            by_place(x, level.scores.ndim - 2, t + 1, size) for x in (values, level.scores, items)
+        )
         values = jnp.concatenate([1 - values.sum(-1, keepdims=True), values], -1)
         sources = jnp.concatenate([place, jnp.where(partner < size, partner, place)], -1)
-        *batch, blocks, features, _ = level.state.shape
-        state = jnp.swapaxes(level.state, -1, -2).reshape(*batch, blocks * width, features)
-        found = _rotate(block, t + 1, bits - inner) * width + here
-        state = state[..., found[:, 0].astype(jnp.int32), :]
-        yield Step(sources.astype(jnp.int32), values, state)
+        yield Step(sources, values, scores, items)
 
 
-def _rotate(x, turns, bits):
-    """Numbers of `bits` bits, the upper `turns` of which become the lower ones."""
-    return ((x << turns) | (x >> (bits - turns))) & ((1 << bits) - 1)
+def by_slot(items: jax.Array, block: int) -> jax.Array:
+    """Items [*B, s, d] by place as blocks [*B, blocks, h, d] by slot; 0 where there is none."""
+    *batch, size, features = items.shape
+    slots = place_of_slot(size, block)
+    nothing = [(0, 0)] * len(batch)
+    items = jnp.pad(items, [*nothing, (0, len(slots) - size), (0, 0)])
+    items = items.reshape(*batch, len(slots) // block, block, features)
+    place = slots[::block] // block
+    return jnp.take(items, place, axis=-3, unique_indices=True, mode="clip")
+
+
+def by_place(x: jax.Array, axis: int, turns: int, size: int) -> jax.Array:
+    """Blocks of slots [*B, blocks, h, ...] after `turns` levels as places [*B, size, ...]."""
+    bits = x.shape[axis].bit_length() - 1
+    turns = min(turns, bits)
+    block = np.arange(-(-size // x.shape[axis + 1]))
+    block ^= block >> 1
+    # Numbers of `bits` bits, the upper `turns` of which have become the lower ones.
+    block = ((block << turns) | (block >> (bits - turns))) & ((1 << bits) - 1)
+    x = jnp.take(x, block, axis=axis, unique_indices=True, mode="clip") if bits > 1 else x
+    x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, size, axis=axis)
 
 
 def split_at_random(
-    key: jax.Array, state: jax.Array, lengths: jax.Array, num_samples: int, certainty: jax.Array
+    key: jax.Array,
+    scores: jax.Array,
+    items: jax.Array,
+    lengths: jax.Array,
+    num_samples: int,
+    certainty: jax.Array,
 ) -> Iterator[Step]:
     """The paper's steps: weighs splits of every bucket that are drawn uniformly.
 
     Args:
       key: a PRNG key.
-      state: float [*B, s, F] by place. The score comes first.
+      scores: float [*B, s] by place.
+      items: float [*B, s, d] by place.
       lengths: int32 [*B], how many items there are.
       num_samples: splits drawn for every bucket.
       certainty: see `loosen`.
     """
-    *batch, size, _ = state.shape
+    *batch, size = scores.shape
     bits = (size - 1).bit_length()
 
     def level(state, level_key_and_bit):
@@ -209,11 +342,12 @@ def split_at_random(
             functools.partial(_weigh_splits, bit=bit, certainty=certainty),
             signature="(c,s),(s,f),()->(s,p),(s,p),(s,f)",
         )
-        step = Step(*lift(noise, state, lengths))
-        return step.state, step
+        sources, values, state = lift(noise, state, lengths)
+        return state, Step(sources, values, state[..., 0], state[..., 1:])
 
     if bits:
         down = jax.lax.iota(jnp.int32, bits)[::-1]
+        state = jnp.concatenate([scores[..., None], items], -1)
         _, stacked = jax.lax.scan(level, state, (jax.random.split(key, bits), down))
     for t in range(bits):
         yield jax.tree.map(lambda x: x[t], stacked)  # noqa: B023

@@ -42,10 +42,9 @@ def soft_sort(
     """
     scores, lengths = checks.as_arrays((scores, lengths))
     num_samples = check_scores(scores, num_samples, certainty, lengths)
-    state, _, _ = sort_softly(
-        None, scores[..., None], scores, num_samples, certainty, "local", lengths
-    )
-    return restore(state[..., :1], scores[..., None], lengths)[..., 0]
+    nothing = scores[..., None][..., :0]
+    state, *_ = sort_softly(None, nothing, scores, num_samples, certainty, "local", lengths)
+    return restore(state, scores, lengths)
 
 
 def soft_rank(
@@ -211,9 +210,10 @@ def _final(scores, num_samples, certainty, lengths):
     """Sorted scores; what carries numbers [s] of places back to the items; the exact order."""
 
     def sort(x):
-        state, order, _ = sort_softly(None, x, scores, num_samples, certainty, "local", lengths)
-        values = restore(state[..., :1], scores[..., None], lengths)[..., 0]
-        return restore(state[..., 1:], x, lengths)[..., 0], (values, order)
+        values, items, order, *_ = sort_softly(
+            None, x, scores, num_samples, certainty, "local", lengths
+        )
+        return restore(items, x, lengths)[..., 0], (restore(values, scores, lengths), order)
 
     # The sort is linear in the items: its transpose is its gradient, wherever that is taken.
     zeros = jnp.zeros((*scores.shape, 1), accumulator(scores.dtype))

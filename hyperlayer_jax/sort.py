@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable
 
 import jax
@@ -10,42 +11,68 @@ import numpy as np
 
 from hyperlayer_jax import checks, exchange
 from hyperlayer_jax.kernels import accumulator
-from hyperlayer_jax.lift import automatic, spec_of
-from hyperlayer_jax.tensors import contract, transpose
+from hyperlayer_jax.lift import automatic, lift, spec_of
+from hyperlayer_jax.tensors import contract
 from hyperlayer_jax.types import RowSparseTensor
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SoftPermutation:
-    """A soft permutation of s items as a product of sparse ones, whose rows and columns sum to 1.
+    """A soft permutation of s items: an exact sort, then doubly stochastic sparse matrices.
 
     Attributes:
-      factors: one `RowSparseTensor` (s,) x (s,) for each step, of values [*B, s, p]; the first is
-        applied first.
+      order: int32 [*B, s], the item that the exact sort brings to each place.
+      factors: one `RowSparseTensor` (s,) x (s,) for each step from there, of values [*B, s, p]; the
+        first is applied first. What place i takes from j is what j takes from i: each is its own
+        transpose, so that nothing is ever scattered.
+      levels: the factors as products of blocks, where they are that. Internal.
     """
 
+    order: jax.Array
     factors: tuple[RowSparseTensor, ...]
+    levels: exchange.Levels | None = None
 
     def apply(self, x: jax.Array) -> jax.Array:
         """Sorts x, float [*B, s, *D]: what is at place i of the result, softly."""
-        return functools.reduce(lambda x, p: _contract(p, x), self.factors, x)
+        x = _pick(self.order, x)
+        if self.levels is None:
+            return functools.reduce(_contract, self.factors, x)
+        states = exchange.carry(self.levels, self._by_slot(x))
+        _, y = exchange.last(self.levels, states, self.order.shape[-1])
+        return y.astype(x.dtype).reshape(x.shape)
 
     def apply_transpose(self, y: jax.Array) -> jax.Array:
         """Carries y, float [*B, s, *D], from the places of the sorted items back to the items."""
-        return functools.reduce(lambda y, p: _contract(transpose(p), y), self.factors[::-1], y)
+        return self.carry_back(y)[0]
+
+    def carry_back(self, y: jax.Array) -> tuple[jax.Array, ...]:
+        """Carries y, float [*B, s, *D], back from the result through all levels to the items.
+
+        Returns:
+          One [*B, s, *D] for each level of the sort: the first is `apply_transpose(y)`, the last y.
+        """
+        size = self.order.shape[-1]
+        back = [y]
+        if self.levels is None:
+            for factor in self.factors[::-1]:
+                back.insert(0, _contract(back[0], factor))
+        else:
+            states = exchange.carry_back(self.levels, self._by_slot(y))
+            back = [x.astype(y.dtype).reshape(y.shape) for x in exchange.first(states, size)] + back
+        places = lift("(s)->(s)")(jnp.argsort)(self.order)
+        return _pick(places, back[0]), *back[1:]
+
+    def _by_slot(self, x):
+        rates = self.levels.above.rates
+        x = x.reshape(*self.order.shape, math.prod(x.shape[self.order.ndim :]))
+        return exchange.by_slot(x.astype(rates.dtype), rates.shape[-1])
 
     def ranks(self) -> jax.Array:
         """The expected place of every item: float [*B, s] in [0, s - 1]."""
-        if not self.factors:
-            raise ValueError("factors: got none, which says nothing of the shape of the ranks")
-        first = self.factors[0].values
-        places = jnp.arange(first.shape[-2], dtype=accumulator(first.dtype))
-        places = jnp.broadcast_to(places, first.shape[:-1])
-        factors = [
-            dataclasses.replace(p, values=p.values.astype(places.dtype)) for p in self.factors
-        ]
-        return SoftPermutation(tuple(factors)).apply_transpose(places)
+        dtype = accumulator(self.factors[0].values.dtype) if self.factors else jnp.float32
+        zeros = jnp.zeros_like(self.order, dtype)
+        return self.apply_transpose(jax.lax.broadcasted_iota(dtype, zeros.shape, zeros.ndim - 1))
 
 
 @jax.tree_util.register_dataclass
@@ -56,18 +83,22 @@ class SoftSort:
     Attributes:
       items: one [*B, s, d] for each level, 1 + ceil(log2(s)) of them.
       scores: one [*B, s] for each level.
-      permutations: one `RowSparseTensor` (s,) x (s,) for each step from a level to the next, whose
-        rows and columns sum to 1: items[t + 1] = contract(permutations[t], items[t]).
+      permutation: all steps as one: `permutation.apply(items[0])` is `items[-1]`.
     """
 
     items: tuple[jax.Array, ...]
     scores: tuple[jax.Array, ...]
-    permutations: tuple[RowSparseTensor, ...]
+    permutation: SoftPermutation
 
     @property
-    def permutation(self) -> SoftPermutation:
-        """All steps as one: `permutation.apply(items[0])` is `items[-1]`."""
-        return SoftPermutation(self.permutations)
+    def permutations(self) -> tuple[RowSparseTensor, ...]:
+        """One (s,) x (s,) for each step: items[t + 1] = contract(permutations[t], items[t])."""
+        if not self.permutation.factors:
+            return ()
+        first, *others = self.permutation.factors
+        sources = lift("(s),(s,p)->(s,p)")(lambda order, sources: order[sources])
+        indices = sources(self.permutation.order, first.indices[..., 0])[..., None]
+        return dataclasses.replace(first, indices=indices), *others
 
 
 def soft_quicksort(
@@ -127,19 +158,18 @@ def soft_quicksort(
         raise ValueError(f'proposal: got {proposal!r}, want "local" or "uniform"')
     if proposal == "uniform" and key is None:
         raise ValueError('key: got None, want a PRNG key for proposal="uniform"')
-    _, order, steps = sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
+    _, _, order, steps, exchanges = sort_softly(
+        key, x, scores, num_samples, certainty, proposal, lengths
+    )
     size = scores.shape[-1:]
-    items, levels, permutations = [x], [scores], []
-    for level, step in enumerate(steps):
+    items, levels, factors = [x], [scores], []
+    for step in steps:
         sources = jnp.broadcast_to(step.sources, step.values.shape)
-        if level == 0:
-            flat = sources.reshape(*order.shape[:-1], size[0] * sources.shape[-1])
-            sources = jnp.take_along_axis(order, flat, axis=-1).reshape(sources.shape)
-        values = step.values.astype(x.dtype)
-        permutations.append(RowSparseTensor(sources[..., None], values, size, size))
-        items.append(restore(step.state[..., 1:], x, lengths))
-        levels.append(restore(step.state[..., :1], scores[..., None], lengths)[..., 0])
-    return SoftSort(tuple(items), tuple(levels), tuple(permutations))
+        factors.append(RowSparseTensor(sources[..., None], step.values.astype(x.dtype), size, size))
+        items.append(restore(step.items, x, lengths))
+        levels.append(restore(step.scores, scores, lengths))
+    permutation = SoftPermutation(order, tuple(factors), exchanges)
+    return SoftSort(tuple(items), tuple(levels), permutation)
 
 
 def check_scores(
@@ -170,21 +200,29 @@ def sort_softly(
     certainty: float | jax.Array,
     proposal: str,
     lengths: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, Iterable[exchange.Step]]:
-    """The final state [*B, s, 1 + d] by place, which items were sorted to where, and all steps."""
+) -> tuple[jax.Array, jax.Array, jax.Array, Iterable[exchange.Step], exchange.Levels | None]:
+    """Scores [*B, s] and items [*B, s, d] at the end, the exact order, all steps, and the levels.
 
-    def run(key, x, scores, lengths, certainty):
-        state, order, steps = _sort_softly(
-            key, x, scores, num_samples, certainty, proposal, lengths
-        )
-        every = [s._replace(sources=jnp.broadcast_to(s.sources, s.values.shape)) for s in steps]
-        return state, order, every
-
+    There are no levels on meshes of explicit axes, without samples or exchanges of blocks.
+    """
     if not any(spec_of(scores) + spec_of(x)):
         # The steps are not computed before they are asked for.
         return _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
+    return _sort_on_mesh(key, x, scores, lengths, certainty, num_samples, proposal)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _sort_on_mesh(key, x, scores, lengths, certainty, num_samples, proposal):
+    """The same on a mesh of explicit axes, compiled once."""
+
+    def run(key, x, scores, lengths, certainty):
+        *results, steps, _ = _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths)
+        every = [s._replace(sources=jnp.broadcast_to(s.sources, s.values.shape)) for s in steps]
+        return *results, every
+
     certainty = jnp.asarray(certainty, accumulator(scores.dtype))
-    return automatic(run, key, x, scores, lengths, certainty, leading=scores.ndim - 1)
+    results = automatic(run, key, x, scores, lengths, certainty, leading=scores.ndim - 1)
+    return *results, None
 
 
 def _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths):
@@ -202,45 +240,55 @@ def _sort_softly(key, x, scores, num_samples, certainty, proposal, lengths):
         # Infinite scores have no differences.
         largest = jnp.finfo(dtype).max / 4
         keys = jnp.clip(keys, -largest, largest)
-    state = jnp.concatenate([keys[..., None], x.astype(dtype)], -1)
 
     def at(places, count):
-        """The state at sorted places, and which of them there are."""
+        """Scores and items at sorted places, and which of them there are."""
         source = order[..., jnp.minimum(places, size - 1)]
-        found = jnp.take_along_axis(state, source[..., None], axis=-2)
+        sorted_scores = jnp.take_along_axis(keys, source, axis=-1)
+        items = jnp.take_along_axis(x.astype(dtype), source[..., None], axis=-2)
         if count is None:
-            return found, None
+            return sorted_scores, items, None
         present = jnp.broadcast_to(places, (*jnp.shape(count)[:-1], len(places))) < count
-        return jnp.where(present[..., None], found, 0), present
+        sorted_scores = jnp.where(present, sorted_scores, 0)
+        return sorted_scores, jnp.where(present[..., None], items, 0), present
 
     count = None if lengths is None else lengths[..., None]
-    if num_samples == 0:
-        state, _ = at(jax.lax.iota(jnp.int32, size), count)
-        ones = jnp.ones((*scores.shape, 1), dtype)
-        step = exchange.Step(jax.lax.iota(jnp.int32, size)[:, None], ones, state)
-        return state, order, [step] * (size - 1).bit_length()
-    if proposal == "uniform":
-        state, _ = at(jax.lax.iota(jnp.int32, size), count)
+    if num_samples == 0 or proposal == "uniform":
+        sorted_scores, items, _ = at(jax.lax.iota(jnp.int32, size), count)
+        if num_samples == 0:
+            ones = jnp.ones((*scores.shape, 1), dtype)
+            here = jax.lax.iota(jnp.int32, size)[:, None]
+            steps = [exchange.Step(here, ones, sorted_scores, items)] * (size - 1).bit_length()
+            return sorted_scores, items, order, steps, None
         full = jnp.full(scores.shape[:-1], size, jnp.int32) if lengths is None else lengths
-        steps = list(exchange.split_at_random(key, state, full, num_samples, certainty))
-        return (steps[-1].state if steps else state), order, steps
-    slots = exchange.place_of_slot(size)
+        steps = list(
+            exchange.split_at_random(key, sorted_scores, items, full, num_samples, certainty)
+        )
+        last = (steps[-1].scores, steps[-1].items) if steps else (sorted_scores, items)
+        return *last, order, steps, None
+    block = exchange.block_size(size, 1 << (num_samples - 1).bit_length())
+    slots = exchange.place_of_slot(size, block)
     if count is None and len(slots) > size:
         count = size
-    state, present = at(slots, count)
-    partners = 1 << (num_samples - 1).bit_length()
-    state, levels = exchange.loosen(state, present, partners, certainty)
-    state = state[..., exchange.slot_of_place(size), :]
-    return state, order, exchange.steps(*levels, size)
+    sorted_scores, items, present = at(slots, count)
+    levels = exchange.loosen(sorted_scores, present, block, certainty)
+    if size == 1:
+        return sorted_scores, items, order, [], None
+    blocks = len(slots) // block
+    items = items.reshape(*scores.shape[:-1], blocks, block, items.shape[-1])
+    states = exchange.carry(levels, items)
+    last = exchange.last(levels, states, size)
+    return *last, order, exchange.steps(levels, states, size), levels
 
 
-def restore(state: jax.Array, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """A level [*B, s, d] as it is returned: of the dtype of x, what is absent as it was."""
-    state = state.astype(x.dtype)
+def restore(state: jax.Array, like: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """A level [*B, s, ...] as it is returned: of the dtype of `like`, absent as it is there."""
+    state = state.astype(like.dtype)
     if lengths is None:
         return state
-    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
-    return jnp.where(place < lengths[..., None, None], state, x)
+    place = jax.lax.broadcasted_iota(jnp.int32, like.shape, lengths.ndim)
+    lengths = lengths.reshape(*lengths.shape, *[1] * (like.ndim - lengths.ndim))
+    return jnp.where(place < lengths, state, like)
 
 
 def bucket_starts(size: int) -> list[np.ndarray]:
@@ -265,6 +313,13 @@ def bucket_starts(size: int) -> list[np.ndarray]:
     return [np.arange(0, size, 1 << bit) for bit in reversed(range(bits + 1))]
 
 
-def _contract(permutation, x):
+def _contract(x, permutation):
     values = permutation.values.astype(x.dtype)
     return contract(dataclasses.replace(permutation, values=values), x)
+
+
+def _pick(places, x):
+    """What x [*B, s, *D] has at places [*B, s]."""
+    ones = jnp.ones_like(places, x.dtype)[..., None]
+    size = places.shape[-1:]
+    return contract(RowSparseTensor(places[..., None, None], ones, size, size), x)

@@ -188,8 +188,8 @@ WORDS = {
     "train.glimpse": (
         "--model=resnet", "--head=x", "--model=conv --head=conv", "--model=conv --glimpses=3",
         "--model=stn --num_local=2", "--model=reinforce --sigma_scale=1", "--dataset=mnist_",
-        "--data_dir=.", "--canvas=33", "--canvas=8", "--patch_size=20", "--scaling=1", "--augment=1",
-        "--scaling=0.5 --augment=0.5", "--canvas=8190", "--digit_size=4000 --canvas=4000",
+        "--data_dir=.", "--canvas=33", "--canvas=8", "--patch_size=20", "--scaling=1",
+        "--augment_scaling=1", "--scaling=0.5 --augment_scaling=0.5", "--canvas=8190", "--digit_size=4000 --canvas=4000",
         "--canvas=2000 --batch_size=100000 --coarseness=1",
     ),
     "train.transformer": (

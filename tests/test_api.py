@@ -37,7 +37,7 @@ LAYERS = [
     {"hyperlayer_jax.density"},
     {"hyperlayer_jax.tensors"},
     {"hyperlayer_jax.hyperlayer", "hyperlayer_jax.exchange"},
-    {"hyperlayer_jax.attention", "hyperlayer_jax.sort"},
+    {"hyperlayer_jax.attention", "hyperlayer_jax.content", "hyperlayer_jax.sort"},
     {"hyperlayer_jax.ranks"},
     {"hyperlayer_jax"},
     {"hyperlayer_jax.nn"},

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from laws import FLOATS, assert_close
+from laws import FLOATS, assert_close, assert_equal
 
 import hyperlayer_jax as hl
 
@@ -151,7 +151,7 @@ def test_gradients_agree_with_finite_differences_in_float64(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_not_finite_reaches_those_that_see_it_alone(form):
-    """Forward and backward, in a query's own block too."""
+    """Forward and backward, in a query's own block too. What the mask hides reaches none."""
     query, key, value = operands(length=S)
     pattern = draw_pattern(form, LEADING["own"], shape=(S, S))
     block = BLOCK if form == "blocks" else 1
@@ -180,6 +180,10 @@ def test_what_is_not_finite_reaches_those_that_see_it_alone(form):
         assert not np.isfinite(got[0].transpose(1, 0, 2)[sees]).all(-1).any()
         assert_close(got[1], out[1])
         assert np.isfinite(gradients[0][0].transpose(1, 0, 2)[~sees]).all()
+
+    mask = jnp.ones((B, S), bool).at[0, at].set(False)
+    hidden = attend(*changed, pattern, causal=True, mask=mask)
+    assert_equal(hidden, attend(query, key, value, pattern, causal=True, mask=mask))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

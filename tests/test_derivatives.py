@@ -28,7 +28,7 @@ BLOCKS = hl.RowSparseTensor(
 # What has no derivative: integers, shapes, and types.
 EXEMPT = {
     "IndexTuples", "RowSparseTensor", "SparseTensor", "SoftSort", "apply_template", "bucket_starts",
-    "duplicate_mask", "sample_indices", "SoftPermutation", "TopK",
+    "duplicate_mask", "nearest_keys", "sample_indices", "SoftPermutation", "TopK",
 }  # fmt: skip
 
 
@@ -81,6 +81,10 @@ CASES = {
     "sparse_attention rows": attention_case(ROWS, 5),
     "sparse_attention entries": attention_case(ENTRIES, 5),
     "sparse_attention blocks": attention_case(BLOCKS, 9),
+    "content_points": (
+        lambda *floats: hl.content_points(*floats, num_nearest=2)[1],
+        (drawn(2, 5, 2), drawn(2, 3, 2), jnp.ones((2, 2))),
+    ),
     "soft_quicksort": (
         lambda x, s: hl.soft_quicksort(KEY, x, s, num_samples=1, certainty=2.0).items[-1],
         (drawn(2, 3, 2), drawn(2, 3)),

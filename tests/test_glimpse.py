@@ -204,53 +204,66 @@ SMALL = {
     "canvas": 12,
     "digit_size": 8,
     "patch_size": 3,
+    "coarseness": 2,
     "num_patches": 2,
     "hidden": 8,
-    "glimpse_size": 4,
     "batch_size": 4,
     "steps": 1,
 }
+FIND = {"window": 6, "score_hidden": 4, "reach": 1}
+AIM = {"glimpse_size": 4}
 
 
 @pytest.mark.parametrize(
-    ("model", "head"),
+    ("model", "flags"),
     [
-        ("stn", "mlp"),
+        ("find", FIND | {"candidates": 3, "eval_canvas": 15}),
         *(
             pytest.param(*models, marks=pytest.mark.slow)
             for models in (
-                ("box", "conv"),
-                ("quad", "mlp"),
-                ("affine", "mlp"),
-                ("reinforce", "mlp"),
-                ("conv", "mlp"),
+                ("find", FIND | {"use": "average", "head": "conv", "start_canvas": 8}),
+                ("attention", FIND),
+                ("topk", FIND),
+                ("argmax", FIND),
+                ("box", AIM | {"head": "conv"}),
+                ("quad", AIM),
+                ("affine", AIM),
+                ("stn", AIM),
+                ("reinforce", AIM),
+                ("conv", {}),
+                ("pool", {}),
             )
         ),
     ],
 )
-def test_every_model_trains_for_a_step(model, head, monkeypatch, tmp_path):
-    monkeypatch.setattr(glimpse, "_MIN_CANVASES", 1)
-    config = glimpse.Config(model=model, head=head, **SMALL)
+def test_every_model_trains_for_a_step(model, flags, monkeypatch, tmp_path):
+    monkeypatch.setattr(glimpse, "_NUM_VALIDATION", 1)
+    config = glimpse.Config(model=model, **SMALL, **flags)
     figures = glimpse.train_and_evaluate(config, tmp_path)
     assert {"error", "steps", "train_seconds", "compile_seconds", "test_examples"} <= set(figures)
-    assert 0 <= figures["error"] <= 1 and figures["test_examples"] == 359
+    assert 0 <= figures["error"] <= 1 and figures["test_examples"] == 5026
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "validation_error" in row] == [0, 1]
     drawn = sorted(path.name for path in tmp_path.glob("glimpses*"))
-    if model == "conv":
+    if model in ("conv", "pool"):
         assert not drawn
     else:
-        assert drawn == ["glimpses-0.png", "glimpses-1.png", "glimpses.gif"]
+        of_large = ["glimpses-of-15.png"] if config.eval_canvas else []
+        assert drawn == ["glimpses-0.png", "glimpses-1.png", *of_large, "glimpses.gif"]
         assert Image.open(tmp_path / "glimpses.gif").n_frames == 2
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"canvas": 33}, "--coarseness must divide --canvas=33"),
+        ({"canvas": 97}, "--coarseness must divide --canvas=97"),
         ({"canvas": 12}, "--canvas must be at least --digit_size=14"),
+        ({"eval_canvas": 12}, "--eval_canvas must be at least --digit_size=14"),
+        ({"start_canvas": 31}, "--coarseness must divide --start_canvas=31"),
+        ({"scored": 7}, "--scored must be at least --candidates"),
+        ({"anywhere": 9}, "--anywhere must be at most --candidates=8"),
         ({"patch_size": 15}, "--patch_size must be at most --digit_size=14"),
-        ({"scaling": 0.6, "augment": 0.5}, "--scaling and --augment"),
+        ({"scaling": 0.6, "augment_scaling": 0.5}, "--scaling and --augment_scaling"),
         ({"average": 1.0}, "--average must be below 1"),
     ],
 )

@@ -19,6 +19,7 @@ ATTENTION = {
     "strided": patterns.Strided(stride=4),
     "window": patterns.Window(window=4),
     "block": patterns.Block(block=4),
+    "content": patterns.Content(num_lines=2, num_nearest=2, window=3),
 }
 MODULES = {
     "rows": lambda rngs: nn.SparseLinear(6, 5, 3, by_output=True, values=1.0, rngs=rngs),
@@ -31,7 +32,10 @@ MODULES = {
         )
         for name, pattern in ATTENTION.items()
     },
-    "glimpses": lambda rngs: nn.GlimpseAttention(6, (3, 3), 1, rngs=rngs),
+    "glimpses": lambda rngs: nn.GlimpseAttention(
+        6, (3, 3), 1, sampler=nn.Sampler(num_global=1, num_local=0, rngs=rngs), rngs=rngs
+    ),
+    "finding": lambda rngs: nn.FindingGlimpses((3, 3), 2, num_anywhere=1, rngs=rngs),
     "sort": lambda rngs: nn.SoftQuicksort(num_samples=2, certainty=3.0, rngs=rngs),
 }
 
@@ -53,6 +57,9 @@ def test_modules_learn_the_same(name):
         module = nnx.merge(graph, state)
         if name == "glimpses":
             return (module(x[..., None], x[:, 0]).patches ** 2).mean()
+        if name == "finding":
+            seen = module(x[..., None], x[:, None, :12, :4])
+            return (nn.average(seen, seen.patches.reshape(8, 2, 9)) ** 2).mean()
         if name == "sort":
             return (module(x, x[..., 0]).items[-1] ** 2 * x).mean()
         return (module(x[:, 0] if name.endswith(("rows", "entries")) else x) ** 2).mean()

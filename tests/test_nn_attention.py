@@ -22,10 +22,10 @@ from hyperlayer_jax.nn import (
 )
 from hyperlayer_jax.nn.patterns import (
     Block,
+    Content,
     Dense,
     Learned,
     Learned2D,
-    Sampled,
     Static,
     Strided,
     Window,
@@ -41,16 +41,18 @@ PATTERNS = {
     "strided": Strided(num_tuples=2, stride=3),
     "window": Window(window=3),
     "block": Block(num_tuples=2, block=4),
+    "content": Content(num_lines=2, num_nearest=2, window=3),
     "dense": Dense(),
 }
 KINDS = tuple(patterns.PATTERNS)
 SAMPLER = {"num_global": 1, "num_local": 1, "region": 3}
 
 
-def attention(*sizes, rngs, sampler=None, **options):
+def attention(*sizes, pattern, rngs, sampler=None, **options):
     """A layer whose sampler draws few points."""
-    sampler = Sampler(**SAMPLER | (sampler or {}), rngs=rngs)
-    return SparseSelfAttention(*sizes, num_kv_heads=K, sampler=sampler, rngs=rngs, **options)
+    if pattern.draws:
+        options["sampler"] = Sampler(**SAMPLER | (sampler or {}), rngs=rngs)
+    return SparseSelfAttention(*sizes, pattern=pattern, num_kv_heads=K, rngs=rngs, **options)
 
 
 def build(kind, own=None, **options):
@@ -144,10 +146,11 @@ def test_no_token_sees_a_later_one(kind, deterministic):
         assert (np.asarray(changed[:, t]) != np.asarray(out[:, t])).any()
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_gives_what_the_whole_sequence_gives(kind, shared):
-    own = {"shared": shared} if isinstance(PATTERNS[kind], Sampled) else {}
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [*((kind, {}) for kind in KINDS), *((k, {"shared": True}) for k in ("learned", "block"))],
+)
+def test_a_cache_gives_what_the_whole_sequence_gives(kind, own):
     layer = nnx.view(build(kind, own=own), deterministic=True)
     x = tokens()
     extend = nnx.jit(lambda layer, x, cache: layer.extend(x, cache))
@@ -359,6 +362,7 @@ def test_logits_of_turned_vectors_depend_on_the_distance_alone():
         ({"features": 15}, "num_heads"),
         ({"features": 12}, "rotary"),
         ({"num_kv_heads": 0}, "num_kv_heads"),
+        ({"pattern": "window", "sampler": Sampler(rngs=nnx.Rngs(0))}, "sampler: .* draws nothing"),
     ],
 )
 def test_a_wrong_option_is_named(options, message):
@@ -462,6 +466,13 @@ def test_texts_are_drawn_without_dropout():
 def test_a_wrong_option_of_a_language_model_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         TransformerLM(11, E, N, LENGTH, **options, rngs=nnx.Rngs(0))
+
+
+def test_a_table_shows_a_language_model():
+    model = TransformerLM(11, E, N, LENGTH, layers="lw", rngs=nnx.Rngs(0))
+    with jax.numpy_rank_promotion("allow"):
+        table = nnx.tabulate(model, jnp.zeros((B, T), jnp.int32))
+    assert "TransformerLM Summary" in table and "blocks" in table
 
 
 def test_wrong_inputs_of_a_language_model_are_named():

@@ -18,6 +18,7 @@ PATTERNS = {
     "learned": {"num_tuples": 2}, "static": {"num_tuples": 2}, "learned2d": {"num_tuples": 2},
     "strided": {"num_tuples": 2, "stride": 4}, "window": {"window": 4},
     "block": {"num_tuples": 2, "block": 4}, "dense": {},
+    "content": {"num_lines": 2, "num_nearest": 2, "window": 3},
 }  # fmt: skip
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (2, 14, 8))

@@ -28,7 +28,7 @@ def digits():
 @pytest.mark.parametrize(
     "options",
     [
-        {"size": 1},
+        {"size": 1, "test_sizes": "2"},
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
@@ -47,6 +47,7 @@ def test_trains_evaluates_and_leaves_its_files(tmp_path, options):
     assert result["steps"] == 3 and result["test_examples"] == 10_000
     assert 0 <= result["exact_match"] <= result["element_wise"] <= 1
     assert result["exact_match"] == 1 or options["size"] > 1
+    assert ("exact_match_2" in result) == ("test_sizes" in options)
     assert (tmp_path / "sorted.png").read_bytes().startswith(b"\x89PNG")
     assert load_run(tmp_path)[1] == config
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -60,6 +61,7 @@ def test_trains_evaluates_and_leaves_its_files(tmp_path, options):
         ({"digits": 10}, "--digits"),
         ({"certainty": 0.0}, "--certainty"),
         ({"dropout": 1.0}, "--dropout"),
+        ({"test_sizes": "5,x"}, "--test_sizes"),
         ({"learning_rate": -1.0}, "--learning_rate"),
     ],
 )

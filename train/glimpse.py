@@ -1,11 +1,12 @@
 """Learns to classify digits on cluttered canvases from a few small glimpses of them.
 
 A small network sees the canvas averaged to a coarse image and decides where to look; a classifier
-sees only the glimpses, read at full resolution.
+sees only the glimpses, read at full resolution. What is learned on small canvases finds on large
+ones.
 
-python -m train.glimpse
-python -m train.glimpse --model=conv
-python -m train.glimpse --dataset=mnist --data_dir=mnist --digit_size=28 --canvas=60 --num_patches=4
+python -m train.glimpse --workdir=found
+python -m train.glimpse --workdir=found --mode=eval --eval_canvas=256 --eval_patches=12
+python -m train.glimpse --model=stn
 """
 
 import dataclasses
@@ -19,47 +20,67 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.figure import Figure
-from matplotlib.patches import Ellipse
 
-from hyperlayer_jax.nn import (
-    GlimpseAttention,
-    Glimpses,
-    ReinforceGlimpses,
-    SpatialTransformer,
-    reinforce_loss,
-)
-from train import data, devices, figures, launcher, loop, runs
-from train.clutter import clutter
-from train.layers import Convolutions, Mlp
+from hyperlayer_jax.nn import FindingGlimpses, reinforce_loss
+from train import canvases, data, devices, glimpse_figures, launcher, loop, runs
+from train.finding import Finder, overview, whole_squares
+from train.glimpse_models import ConvClassifier, GlimpseClassifier, PoolClassifier
+from train.searches import AttentionSampling, SoftArgmax, TopK
 
-_NUM_CLASSES = 10
-_NUM_EVALUATIONS = 20
-# Every digit that is held out is placed several times, on at least so many canvases altogether.
-_MIN_CANVASES = 5000
-_CANVASES_AT_ONCE = 1000
+_NUM_EVALUATIONS = 12
+_NUM_VALIDATION = 2000
 _NUM_SHOWN = 5
-# Models with glimpses at all, and those that sample points.
-_GLIMPSING = ("box", "quad", "affine", "stn", "reinforce")
+# Models that aim at glimpses, those of them that sample points, and those that score the overview.
+_AIMING = ("box", "quad", "affine", "stn", "reinforce")
 _SAMPLED = ("box", "quad", "affine")
-_DRAWN = ("patches", "means", "sigmas")
+_CANDIDATES = ("find", "attention", "topk")
+_SCORING = (*_CANDIDATES, "argmax")
+# Of what a score sees, the weight of the entropy of attention sampling.
+_ENTROPY = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(launcher.Config):
+class Config(canvases.Config):
     """What to look at, with what, and for how long."""
 
-    model: Literal["box", "quad", "affine", "stn", "reinforce", "conv"] = launcher.flag(
-        "box", "Shape of the glimpses, or the rival to train instead."
+    model: Literal[
+        "find", "attention", "topk", "argmax", "box", "quad", "affine", "stn", "reinforce", "conv",
+        "pool",
+    ] = launcher.flag("find", "How to look, or the baseline to train instead.")  # fmt: skip
+    candidates: int = launcher.flag(
+        8, "Patches read of a canvas.", minimum=1, below=2**10, only={"model": _CANDIDATES}
     )
+    anywhere: int = launcher.flag(
+        2, "How many of them are drawn from everywhere.", minimum=0, only={"model": ("find",)}
+    )
+    window: int = launcher.flag(
+        20, "Rows and columns of a patch.", minimum=1, below=2**10, only={"model": _SCORING}
+    )
+    use: Literal["mixture", "average"] = launcher.flag(
+        "mixture",
+        "Patches are classified one by one and weighed, or averaged and classified.",
+        only={"model": ("find", "topk")},
+    )
+    reach: int = launcher.flag(
+        2, "Cells around one that its score depends on.", minimum=0, only={"model": _SCORING}
+    )
+    score_hidden: int = launcher.flag(
+        32, "Width of the layers that score.", minimum=1, below=2**16, only={"model": _SCORING}
+    )
+    scored: int = launcher.flag(
+        0, "Cells of the overview that are scored, the busiest; all where 0.", minimum=0,
+        below=2**20, only={"model": _CANDIDATES}, fixed=False,
+    )  # fmt: skip
     head: Literal["mlp", "conv"] = launcher.flag(
-        "mlp", "Classifier of the glimpses.", only={"model": _GLIMPSING}
+        "mlp", "Classifier of the glimpses.", only={"model": (*_AIMING, *_SCORING)}
     )
     hidden: int = launcher.flag(256, "Width of the dense layers.", minimum=1, below=2**16)
     glimpses: int = launcher.flag(
-        2, "Number of glimpses.", minimum=1, below=2**10, only={"model": _GLIMPSING}
+        2, "Number of glimpses.", minimum=1, below=2**10, only={"model": _AIMING}
     )
-    glimpse_size: int = launcher.flag(12, "Rows and columns of a glimpse.", minimum=1, below=2**12)
+    glimpse_size: int = launcher.flag(
+        12, "Rows and columns of a glimpse.", minimum=1, below=2**12, only={"model": _AIMING}
+    )
     num_global: int = launcher.flag(
         0,
         "Points per pixel drawn from all of the canvas.",
@@ -83,232 +104,123 @@ class Config(launcher.Config):
     min_sigma: float = launcher.flag(
         0.0, "Smallest sigma, in pixels.", minimum=0.0, only={"model": _SAMPLED}
     )
-    coarseness: int = launcher.flag(2, "Pixels averaged along each axis to decide.", minimum=1)
-    dataset: data.Name = launcher.flag("digits", "Images to classify.")
-    data_dir: str | None = launcher.flag(
-        None, "Folder of a data set that is not bundled.", only={"dataset": data.WITH_FOLDER},
-        fixed=False,
+    coarseness: int = launcher.flag(6, "Pixels averaged along each axis to decide.", minimum=1)
+    start_canvas: int = launcher.flag(
+        0,
+        "Rows and columns of the canvases of the first half of the steps; all alike where 0.",
+        minimum=0,
+        only={"model": (*_SCORING, "pool")},
+    )
+    eval_canvas: int = launcher.flag(
+        0, "Rows and columns of the canvases to test on; as in training where 0.", minimum=0,
+        only={"model": (*_SCORING, "pool")}, fixed=False,
     )  # fmt: skip
-    digit_size: int = launcher.flag(
-        14, "Rows and columns that digits are resized to.", minimum=1, below=2**12
+    eval_patches: int = launcher.flag(
+        0, "Pieces on a canvas of --eval_canvas.", minimum=0, below=2**12, fixed=False
     )
-    canvas: int = launcher.flag(32, "Rows and columns of a canvas.", minimum=1, below=2**13)
-    num_patches: int = launcher.flag(
-        3, "Pieces of other digits on a canvas.", minimum=0, below=2**12
-    )
-    patch_size: int = launcher.flag(6, "Rows and columns of a piece.", minimum=1)
-    rotation: float = launcher.flag(0.0, "Digits turn by up to so many degrees.", minimum=0.0)
-    scaling: float = launcher.flag(0.0, "Digits grow or shrink by up to this part.", minimum=0.0)
-    augment: float = launcher.flag(
-        0.1, "More scaling, and a hundred times it more rotation, of training digits.", minimum=0.0
-    )
-    steps: int = launcher.flag(18000, "Number of updates.", minimum=1)
+    steps: int = launcher.flag(3000, "Number of updates.", minimum=1)
     batch_size: int = launcher.flag(64, "Canvases in an update.", minimum=1, below=2**20)
-    learning_rate: float = launcher.flag(1e-3, "Largest size of a step.", above=0)
+    learning_rate: float = launcher.flag(2e-3, "Largest size of a step.", above=0)
     average: float = launcher.flag(
         0.999, "Decay of the mean of the parameters.", minimum=0.0, below=1
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.canvas % self.coarseness:
-            raise ValueError(
-                f"--coarseness must divide --canvas={self.canvas}, got {self.coarseness}"
-            )
-        if self.canvas < self.digit_size:
-            raise ValueError(
-                f"--canvas must be at least --digit_size={self.digit_size}, got {self.canvas}"
-            )
-        if self.num_patches and self.digit_size < self.patch_size:
-            raise ValueError(
-                f"--patch_size must be at most --digit_size={self.digit_size}, "
-                f"got {self.patch_size}"
-            )
-        if self.scaling + self.augment >= 1:
-            raise ValueError("--scaling and --augment must stay below 1 together")
-
-
-def _make_head(config: Config, size: int, channels: list[int], count: int, rngs: nnx.Rngs):
-    """Convolutions on `count` images of size x size, and dense layers on what comes out of all."""
-    for _ in channels[1:]:
-        size = math.ceil(size / 2)
-    features = count * size**2 * channels[-1]
-    dense = Mlp([features, 2 * config.hidden, config.hidden, _NUM_CLASSES], rngs)
-    return Convolutions(channels, rngs), dense
-
-
-class GlimpseClassifier(nnx.Module):
-    """Decides by a coarse image, reads at full resolution, and classifies what it read."""
-
-    def __init__(self, config: Config, channels: int, rngs: nnx.Rngs):
-        self.coarseness = config.coarseness
-        coarse = config.canvas // config.coarseness
-        self.locator = Mlp([coarse**2 * channels, config.hidden, config.hidden], rngs)
-        aim = (config.hidden, (config.glimpse_size,) * 2, config.glimpses)
-        match config.model:
-            case "stn":
-                self.attention = SpatialTransformer(*aim, rngs=rngs)
-            case "reinforce":
-                self.attention = ReinforceGlimpses(*aim, rngs=rngs)
-            case shape:
-                self.attention = GlimpseAttention(
-                    *aim,
-                    shape=shape,
-                    sigma_scale=config.sigma_scale,
-                    min_sigma=config.min_sigma,
-                    num_global=config.num_global,
-                    num_local=config.num_local,
-                    region=config.region,
-                    implementation=config.implementation,
-                    rngs=rngs,
+        for name in ("canvas", "start_canvas", "eval_canvas"):
+            size = getattr(self, name)
+            if size % self.coarseness and name != "eval_canvas":
+                raise ValueError(f"--coarseness must divide --{name}={size}, got {self.coarseness}")
+            if 0 < size < self.digit_size:
+                raise ValueError(
+                    f"--{name} must be at least --digit_size={self.digit_size}, got {size}"
                 )
-        widths = [channels, 32, 64] if config.head == "conv" else [channels]
-        self.convolutions, self.dense = _make_head(
-            config, config.glimpse_size, widths, config.glimpses, rngs
-        )
+        if 0 < self.scored < self.candidates:
+            raise ValueError(f"--scored must be at least --candidates, got {self.scored}")
+        if self.anywhere > self.candidates and self.model == "find":
+            raise ValueError(
+                f"--anywhere must be at most --candidates={self.candidates}, got {self.anywhere}"
+            )
 
-    def __call__(self, images: jax.Array) -> tuple[jax.Array, Glimpses]:
-        """Maps images [B, H, W, C] to logits [B, 10] and the glimpses they come from."""
-        glimpses = self.attention(images, self.features(images))
-        return self.classify(glimpses.patches), glimpses
-
-    def features(self, images: jax.Array) -> jax.Array:
-        """What decides where to look, [B, hidden], of images [B, H, W, C]."""
-        b, h, w, c = images.shape
-        f = self.coarseness
-        return nnx.relu(self.locator(images.reshape(b, h // f, f, w // f, f, c).mean((2, 4))))
-
-    def classify(self, patches: jax.Array) -> jax.Array:
-        """Logits [B, 10] of patches [B, g, k, k, C]."""
-        seen = self.convolutions(patches.reshape(-1, *patches.shape[2:]))
-        return self.dense(seen.reshape(len(patches), -1))
-
-
-class ConvClassifier(nnx.Module):
-    """Convolutions over the whole canvas, at full resolution."""
-
-    def __init__(self, config: Config, channels: int, rngs: nnx.Rngs):
-        widths = [channels, 16, 32, 64]
-        self.convolutions, self.dense = _make_head(config, config.canvas, widths, 1, rngs)
-
-    def __call__(self, images: jax.Array) -> tuple[jax.Array, None]:
-        """Maps images [B, H, W, C] to logits [B, 10]."""
-        return self.dense(self.convolutions(images)), None
+    @property
+    def eval_size(self) -> canvases.Size:
+        """Of the canvases to test on."""
+        if self.eval_canvas:
+            return canvases.Size(self.eval_canvas, self.eval_patches)
+        return self.size
 
 
 def make_model(config: Config, channels: int) -> nnx.Module:
     """The model of the config for images of so many channels; it returns logits and `Glimpses`."""
-    kind = ConvClassifier if config.model == "conv" else GlimpseClassifier
-    return kind(config, channels, nnx.Rngs(config.seed))
-
-
-def draw_canvases(
-    config: Config, key: jax.Array, split: data.Split, chosen: jax.Array, augment: float = 0.0
-) -> jax.Array:
-    """Draws the task's canvases [B, H, W, C] for the digits `chosen` int32 [B] of a split."""
-    return clutter(
-        key,
-        split.images,
-        chosen,
-        canvas=config.canvas,
-        num_patches=config.num_patches,
-        patch_size=config.patch_size,
-        rotation=config.rotation + 100 * augment,
-        scaling=config.scaling + augment,
-    )
+    rngs = nnx.Rngs(config.seed)
+    window = (config.window,) * 2
+    read = {"implementation": config.implementation, "rngs": rngs}
+    match config.model:
+        case "conv":
+            return ConvClassifier(config, channels, rngs)
+        case "pool":
+            return PoolClassifier(config, channels, rngs)
+        case "find":
+            search = FindingGlimpses(
+                window, config.candidates, num_anywhere=config.anywhere, **read
+            )
+        case "attention":
+            search = AttentionSampling(window, config.candidates, num_anywhere=0, **read)
+        case "topk":
+            search = TopK(window, config.candidates, num_anywhere=0, **read)
+        case "argmax":
+            search = SoftArgmax(config.window)
+        case _:
+            return GlimpseClassifier(config, channels, rngs)
+    use = "features" if config.model == "attention" else config.use
+    return Finder(config, channels, search, use, rngs)
 
 
 def loss_fn(config: Config, model: nnx.Module, key: jax.Array, step: jax.Array, split: data.Split):
-    """Cross-entropy on fresh canvases, and what REINFORCE needs besides."""
-    del step
+    """Cross-entropy on fresh canvases, and what baselines need besides."""
+    if not config.start_canvas:
+        return _loss(config, config.size, model, key, split)
+    # Pieces are as dense on small canvases as on large ones.
+    part = (config.start_canvas / config.canvas) ** 2
+    small = canvases.Size(config.start_canvas, math.ceil(part * config.num_patches))
+    losses = [functools.partial(_loss, config, size) for size in (small, config.size)]
+    return nnx.cond(step < config.steps // 2, *losses, model, key, split)
+
+
+def _loss(config, size, model, key, split):
     digit_key, canvas_key = jax.random.split(key)
     chosen = jax.random.randint(digit_key, (config.batch_size,), 0, len(split.labels))
-    images = draw_canvases(config, canvas_key, split, chosen, config.augment)
+    images = canvases.draw(config, canvas_key, split, chosen, size=size, augment=True)
     logits, glimpses = model(devices.shard(images))
     labels = split.labels[chosen]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     right = (logits.argmax(-1) == labels).astype(jnp.float32)
     if config.model == "reinforce":
         loss += reinforce_loss(glimpses, right)
+    if config.model == "attention":
+        loss -= _ENTROPY * model.entropy(images)
     return loss, {"error": 1 - right.mean()}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _predict(graphdef, state, images):
-    model = nnx.view(nnx.merge(graphdef, state), deterministic=True, raise_if_not_found=False)
-    return model(images)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _count_errors(config, graphdef, state, key, split, chosen):
-    logits, _ = _predict(graphdef, state, draw_canvases(config, key, split, chosen))
-    return (logits.argmax(-1) != split.labels[chosen]).sum()
-
-
-def error_rate(
-    config: Config, model: nnx.Module, key: jax.Array, split: data.Split
-) -> tuple[float, int]:
-    """The part of canvases that are classified wrongly, and how many there are."""
-    repeats = math.ceil(_MIN_CANVASES / len(split.labels))
-    chosen = np.tile(np.arange(len(split.labels), dtype=np.int32), repeats)
-    parts = np.array_split(chosen, math.ceil(len(chosen) / _CANVASES_AT_ONCE))
-    graphdef, state = nnx.split(model)
-    split = jax.device_put(split)
-    errors = sum(
-        int(_count_errors(config, graphdef, state, jax.random.fold_in(key, i), split, part))
-        for i, part in enumerate(parts)
-    )
-    return errors / len(chosen), len(chosen)
-
-
-def draw_glimpses(figure: Figure, images: np.ndarray, glimpses: Glimpses, title: str) -> None:
-    """Draws a row for each image: on it the points and sigmas, and beside it the patches.
-
-    A glimpse has one colour. Its ellipse spans a sigma around the centre.
-    """
-    figure.clear()
-    figure.suptitle(title)
-    count = glimpses.patches.shape[1]
-    axes = figure.subplots(len(images), 1 + count, squeeze=False)
-    for row, image, patches, means, sigmas in zip(
-        axes, images, glimpses.patches, glimpses.means, glimpses.sigmas, strict=True
-    ):
-        for ax, pixels in zip(row, [image, *patches], strict=True):
-            ax.imshow(pixels, cmap="gray", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
-        for g in range(count):
-            points, colour = means[g].reshape(-1, 2), f"C{g}"
-            row[0].scatter(points[:, 1], points[:, 0], s=1, color=colour)
-            size = 2 * sigmas[g][::-1]
-            row[0].add_patch(Ellipse(points.mean(0)[::-1], *size, fill=False, color=colour))
-            row[1 + g].spines[:].set(color=colour, linewidth=2)
 
 
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains on the training split and tests once, at the end; draws what the model looks at."""
-    dataset = data.load(config.dataset, config.data_dir)
+    dataset = canvases.load(config)
     channels = dataset.train.images.shape[-1]
-    examples = sum(len(split.labels) for split in (dataset.train, dataset.validation, dataset.test))
-    devices.check_fits("the digits", 16 * examples * config.digit_size**2 * channels)
-    devices.check_fits("the canvases", 16 * _CANVASES_AT_ONCE * config.canvas**2 * channels)
-    train, validation, test = (
-        _resize(split, config.digit_size)
-        for split in (dataset.train, dataset.validation, dataset.test)
-    )
     key, validation_key, shown_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
     evaluate_every = math.ceil(config.steps / _NUM_EVALUATIONS)
 
     @functools.cache
-    def shown():
-        chosen = np.arange(min(_NUM_SHOWN, len(validation.labels)), dtype=np.int32)
-        return draw_canvases(config, shown_key, validation, chosen)
+    def shown(size=config.size):
+        chosen = np.arange(min(_NUM_SHOWN, len(dataset.validation.labels)), dtype=np.int32)
+        return canvases.draw(config, shown_key, dataset.validation, chosen, size=size)
 
     def evaluate(model, step):
         del step
-        _, glimpses = _predict(*nnx.split(model), shown())
-        arrays = {} if glimpses is None else {name: getattr(glimpses, name) for name in _DRAWN}
-        error, _ = error_rate(config, model, validation_key, validation)
-        return {"validation_error": error, **arrays}
+        split = dataset.validation
+        error, _ = canvases.error_rate(
+            config, model, validation_key, split, at_least=_NUM_VALIDATION
+        )
+        return {"validation_error": error, **glimpse_figures.look(model, shown())}
 
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(500, config.steps // 10), config.steps
@@ -317,7 +229,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         loop.build(make_model, config, channels),
         optax.adam(schedule),
         functools.partial(loss_fn, config),
-        train,
+        dataset.train,
         config=config,
         key=key,
         steps=config.steps,
@@ -329,41 +241,24 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         evaluate_every=evaluate_every,
         best=lambda validation: -validation["validation_error"],
     )
-    error, count = error_rate(config, trained.model, test_key, test)
-    print(f"error on {count} canvases of test images: {error:.4f}")
+    size = config.eval_size
+    error, count = canvases.error_rate(config, trained.model, test_key, dataset.test, size=size)
+    print(
+        f"error on {count} canvases of test images, {size.canvas} x {size.canvas} with "
+        f"{size.num_patches} pieces: {error:.4f}"
+    )
 
     def draw():
-        if config.model != "conv":
-            draw_history(config, trained.history, shown(), workdir)
+        if config.model in ("conv", "pool"):
+            return
+        coarse = np.asarray(overview(shown(), config.coarseness))
+        glimpse_figures.draw_history(trained.history, np.asarray(shown()), coarse, workdir)
+        if config.eval_canvas:
+            path = workdir / f"glimpses-of-{size.canvas}.png"
+            seen = whole_squares(shown(size), config.coarseness)
+            glimpse_figures.draw_look(trained.model, seen, path)
 
     return runs.report(workdir, {"error": error, **trained.figures, "test_examples": count}, draw)
-
-
-def draw_history(
-    config: Config, history: dict[int, dict[str, Any]], shown: jax.Array, workdir: pathlib.Path
-) -> None:
-    """Draws glimpses of canvases `shown` by step: three steps as images, and all as `.gif`."""
-    figure = Figure(
-        figsize=(1.5 * (1 + config.glimpses), 1.5 * len(shown)), dpi=80, layout="constrained"
-    )
-    steps = sorted(history)
-
-    def draw(step):
-        glimpses = Glimpses(*(history[step][name] for name in _DRAWN))
-        draw_glimpses(figure, shown, glimpses, f"step {step}")
-
-    for step in {steps[0], steps[len(steps) // 2], steps[-1]}:
-        draw(step)
-        figures.save_png(figure, workdir / f"glimpses-{step}.png")
-    figures.save_gif(figure, draw, steps, workdir / "glimpses.gif", frames_per_second=4)
-
-
-def _resize(split: data.Split, size: int) -> data.Split:
-    shape = (len(split.labels), size, size, split.images.shape[-1])
-    if split.images.shape != shape:
-        images = jax.image.resize(split.images, shape, "cubic")
-        split = split._replace(images=np.clip(np.asarray(images), 0, 1))
-    return split
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 A network gives every image a score, and a differentiable quicksort sorts the images by it. The
 loss compares pixels with those of the sorted images; labels are never seen. The default run takes
-about a minute on two CPU cores, on digits that come with scikit-learn:
+about two minutes on two CPU cores, on digits that come with scikit-learn:
 
   python -m train.sort
   python -m train.sort --size=16
   python -m train.sort --digits=2
+  python -m train.sort --test_sizes=5,16,64,256
   python -m train.sort --dataset=mnist --data_dir=DIR_OF_THE_FOUR_IDX_FILES
 """
 
@@ -21,13 +22,14 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 
-from hyperlayer_jax import SoftSort, bucket_starts, contract, kernels, transpose
+from hyperlayer_jax import SoftSort, bucket_starts, contract, kernels
 from hyperlayer_jax.nn import SoftQuicksort
 from train import augment, data, devices, evaluation, figures, launcher, loop, runs, updates
 
 _ITEMS_PER_BATCH = 256
 _TEST_SETS = 10_000
 _VALIDATION_SETS = 2_000
+_OTHER_SETS = 1_000
 _MAX_DIGITS = 9
 _IMAGES_AT_ONCE = 20_000
 
@@ -66,7 +68,7 @@ class Config(launcher.Config):
         "local: items change places one by one with others about as far from the split; uniform: "
         "random splits of whole buckets, as in the paper.",
     )
-    steps: int = launcher.flag(6000, "Number of updates.", minimum=1)
+    steps: int = launcher.flag(12000, "Number of updates.", minimum=1)
     batch_size: int = launcher.flag(
         lambda config: max(1, _ITEMS_PER_BATCH // max(1, config.size)),
         f"Sets per update; by default those of {_ITEMS_PER_BATCH} numbers.",
@@ -83,11 +85,17 @@ class Config(launcher.Config):
         0.2, "Share of hidden units dropped in training.", minimum=0.0, below=1
     )
     augment: bool = launcher.flag(True, "Scores slightly moved and turned images in training.")
+    test_sizes: str | None = launcher.flag(
+        None, "Other sizes of sets to test at, such as 5,16,64,256.", fixed=False
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.digits > _MAX_DIGITS:
             raise ValueError(f"--digits must be at most {_MAX_DIGITS}, got {self.digits}")
+        sizes = self.test_sizes.split(",") if self.test_sizes is not None else []
+        if not all(size.isascii() and size.isdigit() and 0 < int(size) < 2**16 for size in sizes):
+            raise ValueError(f"--test_sizes must be like 5,16,64, got {self.test_sizes}")
 
 
 class Scorer(nnx.Module):
@@ -141,7 +149,7 @@ def sort_loss(
     result: SoftSort, target: jax.Array, kind: str, *, implementation: str | None = None
 ) -> jax.Array:
     """The mean squared error of a sort, taken as `--loss` says; target [b, s, pixels], sorted."""
-    levels = len(result.permutations)
+    levels = len(result.items) - 1
     if kind == "plain" or levels == 0:
         return jnp.mean((result.items[-1] - target) ** 2)
     size = target.shape[-2]
@@ -154,19 +162,12 @@ def sort_loss(
             difference = jnp.einsum("ts,bsd->btd", mean.astype(np.float32), items - target)
             losses.append(jnp.mean(difference**2))
     else:
-        for permutation, items in zip(result.permutations[::-1], result.items[-2::-1], strict=True):
-            moved = contract(
-                permutation,
-                jax.lax.stop_gradient(items),
-                implementation=kernels.serving(implementation, "ell_spmm"),
-            )
-            losses.append(jnp.mean((moved - target) ** 2))
-            back = contract(
-                transpose(permutation),
-                target,
-                implementation=kernels.serving(implementation, "spmm"),
-            )
-            target = jax.lax.stop_gradient(back)
+        targets = result.permutation.carry_back(target)
+        serving = kernels.serving(implementation, "ell_spmm")
+        for t, permutation in enumerate(result.permutations):
+            fixed = jax.lax.stop_gradient(result.items[t])
+            moved = contract(permutation, fixed, implementation=serving)
+            losses.append(jnp.mean((moved - jax.lax.stop_gradient(targets[t + 1])) ** 2))
     return sum(losses) / levels
 
 
@@ -297,6 +298,11 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains a sorter, writes `sorted.png`, and returns its figures on test sets."""
     dataset = data.load(config.dataset, config.data_dir)
     test_sets = fixed_sets(dataset.test, config, _TEST_SETS)
+    sizes = map(int, config.test_sizes.split(",") if config.test_sizes else [])
+    other_sets = {
+        size: fixed_sets(dataset.test, dataclasses.replace(config, size=size), _OTHER_SETS)
+        for size in sizes
+    }
     model = loop.build(make_model, config, dataset.train.images[0].size)
     model, run = train(model, dataset, config, workdir)
     result = evaluate(model, dataset.test, test_sets)
@@ -304,6 +310,10 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     print(f"{len(test_sets)} sets of {config.size} numbers, of test images:")
     print(f"  exact match   {result['exact_match']:.4f}")
     print(f"  element-wise  {result['element_wise']:.4f}")
+    for size, sets in other_sets.items():
+        figures_of = evaluate(model, dataset.test, sets)
+        print(f"{len(sets)} sets of {size}: " + runs.to_json(figures_of))
+        result |= {f"{name}_{size}": figure for name, figure in figures_of.items()}
     return runs.report(
         workdir,
         {**result, **run, "test_examples": len(test_sets)},

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from hyperlayer_jax.nn import Sampler, TransformerLM
+from hyperlayer_jax.nn import TransformerLM
 from hyperlayer_jax.nn.pattern import Pattern
 from hyperlayer_jax.nn.patterns import PATTERNS
 from train import launcher, text
@@ -18,14 +18,18 @@ from train.sequences import DividedAttention
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {
         "layers": "wwwl", "positions": "rotary", "length": 256, "features": 128, "num_heads": 4,
-        "num_tuples": 4, "num_global": 2, "steps": 1000, "learning_rate": 3e-3,
+        "num_tuples": 4, "num_global": 2, "steps": 1000, "learning_rate": 3e-3, "window": 8,
     },
     "offset": {
         "layers": "s", "positions": "none", "features": 32, "num_heads": 1, "num_tuples": 2,
-        "num_global": 32, "steps": 4000, "learning_rate": 1e-2,
+        "num_global": 32, "steps": 4000, "learning_rate": 1e-2, "window": 8,
+    },
+    "recall": {
+        "layers": "wc", "positions": "rotary", "length": 256, "features": 64, "num_heads": 4,
+        "num_tuples": 4, "num_global": 4, "steps": 3000, "learning_rate": 3e-3, "window": 16,
     },
 }  # fmt: skip
-NUM_TOKENS = {"text": text.NUM_BYTES, "offset": 64}
+NUM_TOKENS = {"text": text.NUM_BYTES, "offset": 64, "recall": 512}
 
 
 def _by_task(name: str, help: str, **options: Any) -> Any:
@@ -57,7 +61,7 @@ class Config(launcher.Config):
     # Dense attention is that of JAX.
     kernels_only: ClassVar[dict[str, Any]] = {"layers": lambda layers: set(layers) != {"d"}}
 
-    task: Literal["text", "offset"] = launcher.flag("text", "What to predict.")
+    task: Literal["text", "offset", "recall"] = launcher.flag("text", "What to predict.")
     corpus: str = launcher.flag(
         "stdlib",
         "stdlib (the sources of Python's standard library), a text file, a folder of them, or the "
@@ -70,6 +74,13 @@ class Config(launcher.Config):
     offset: int = launcher.flag(
         100, "How far back the offset task asks.", minimum=1, below=2**24, only={"task": ["offset"]}
     )
+    pairs: int = launcher.flag(
+        64,
+        "Pairs of key and value that the recall task asks for.",
+        minimum=1,
+        below=NUM_TOKENS["recall"] // 2 + 1,
+        only={"task": ["recall"]},
+    )
     layers: str = _by_task(
         "layers",
         "A letter for each layer: "
@@ -81,8 +92,8 @@ class Config(launcher.Config):
     )
     length: int = launcher.flag(
         _length,
-        "Tokens in an example. By default 256 for text, and for the offset task a quarter more "
-        "than the offset, in multiples of 64.",
+        "Tokens in an example. By default 256 for text and recall, and for the offset task a "
+        "quarter more than the offset, in multiples of 64.",
         minimum=2,
         below=2**24,
     )
@@ -111,7 +122,7 @@ class Config(launcher.Config):
         minimum=1,
         only=_with("num_tuples") | {"num_local": bool},
     )
-    window: int = launcher.flag(8, "Tokens that a window sees.", minimum=1, only=_with("window"))
+    window: int = _by_task("window", "Tokens that a window sees.", minimum=1, only=_with("window"))
     stride: int = launcher.flag(
         8,
         "One token in so many looks back in a strided layer.",
@@ -147,6 +158,10 @@ class Config(launcher.Config):
             )
         if self.task == "offset" and self.offset >= self.length:
             raise ValueError(f"--offset must be below --length={self.length}, got {self.offset}")
+        if self.task == "recall" and 2 * self.pairs >= self.length:
+            raise ValueError(
+                f"--pairs must be below half of --length={self.length}, got {self.pairs}"
+            )
         try:
             nnx.eval_shape(lambda: make_model(self))
         except ValueError as error:
@@ -169,21 +184,16 @@ def make_model(config: Config) -> TransformerLM:
     )
 
 
-def _attention(
-    config: Config, *sizes: int, pattern: Pattern, rngs: nnx.Rngs, **options: Any
-) -> DividedAttention:
+def _attention(config: Config, *sizes: int, pattern: Pattern, **options: Any) -> DividedAttention:
     """The attention of one layer: flags that are options of its pattern reach this."""
     own = {field.name for field in dataclasses.fields(pattern)} & set(vars(config))
-    return DividedAttention(
+    layer = DividedAttention(
         *sizes,
         pattern=dataclasses.replace(pattern, **{name: getattr(config, name) for name in own}),
-        sampler=Sampler(
-            num_global=config.num_global,
-            num_local=config.num_local,
-            region=config.region,
-            rngs=rngs,
-        ),
         implementation=config.implementation,
-        rngs=rngs,
         **options,
     )
+    # Its own sampler: one made before would take the key that its projections have of a seed.
+    for name in ("num_global", "num_local", "region"):
+        setattr(layer.sampler, name, getattr(config, name))
+    return layer

@@ -3,6 +3,7 @@
 from hyperlayer_jax.nn.attention import AttentionCache, SparseSelfAttention
 from hyperlayer_jax.nn.conv import SparseConv
 from hyperlayer_jax.nn.exploring import explore
+from hyperlayer_jax.nn.finding import FindingGlimpses, average, mixture
 from hyperlayer_jax.nn.glimpse import GlimpseAttention, Glimpses
 from hyperlayer_jax.nn.glimpse_baselines import (
     ReinforceGlimpses,
@@ -28,6 +29,7 @@ from hyperlayer_jax.nn.tuples import (
 __all__ = [
     "AttentionCache",
     "ConvTuples",
+    "FindingGlimpses",
     "FixedTuples",
     "FreeTuples",
     "GlimpseAttention",
@@ -44,11 +46,13 @@ __all__ = [
     "SparseSelfAttention",
     "SpatialTransformer",
     "TransformerLM",
+    "average",
     "explore",
     "freeze",
     "generate",
     "jump",
     "jumps",
+    "mixture",
     "reinforce_loss",
     "shorten_steps",
     "weakest",

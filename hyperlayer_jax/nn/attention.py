@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from hyperlayer_jax import checks
@@ -47,9 +46,12 @@ class SparseSelfAttention(nnx.Module):
     - "strided": "learned", for one token in every few; the others see only themselves.
     - "window": the last tokens, or those around where not causal.
     - "block": "learned" on a coarser grid, of blocks of tokens.
+    - "content": the last tokens, and those that lie next to where a token looks on learned lines,
+      wherever they are.
     - "dense": all tokens.
 
-    The cost grows linearly with the length, for all patterns but "dense".
+    The cost grows linearly with the length, for all patterns but "dense"; that of "content" as
+    sorting does.
     """
 
     def __init__(
@@ -80,14 +82,15 @@ class SparseSelfAttention(nnx.Module):
             then find the right one among sampled points by themselves, and leave a learned position
             that is nearly right without a gradient (docs/offset.md).
           sampler: draws points around learned positions; 4 global and 2 local ones within 8
-            positions where None. "window" and "dense" draw nothing.
+            positions where None. "window" and "dense" draw nothing, and take none.
           dtype: of the computation; where None, what the input and float32 parameters promote to.
             Positions are always float32.
           implementation: the kernel backend for what it serves, chosen by device where None.
           rngs: the stream `params`, and `sample` where the sampler is None.
 
         Raises:
-          ValueError: a size is out of range or does not divide another, or `pattern` is unknown.
+          ValueError: a size is out of range or does not divide another, `pattern` is unknown, or a
+            sampler is given to one that draws nothing.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, size in (
@@ -101,6 +104,8 @@ class SparseSelfAttention(nnx.Module):
                 names = ", ".join(map(repr, PATTERNS))
                 raise ValueError(f"pattern: got {pattern!r}, want one of {names}")
             pattern = PATTERNS[pattern]
+        if sampler is not None and not pattern.draws:
+            raise ValueError(f"sampler: got one, want None for {pattern}, which draws nothing")
         if features % num_heads or num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads: got {num_heads}, want a divisor of features, {features}, and a "
@@ -223,11 +228,12 @@ class SparseSelfAttention(nnx.Module):
         x = _existing(x, mask)
         rows = jnp.arange(x.shape[1], dtype=jnp.int32)
         rows = rows if first is None else first + rows
-        heads = np.cumsum([self.num_heads, self.num_kv_heads, self.num_kv_heads])
-        out = self.qkv_proj(x).reshape(*x.shape[:2], heads[-1], self.head_features)
-        query, key, value = jnp.split(out, heads[:2], axis=2)
+        served, heads = self.num_heads + self.num_kv_heads, self.num_heads + 2 * self.num_kv_heads
+        out = self.qkv_proj(x).reshape(*x.shape[:2], heads, self.head_features)
+        turned, value = jnp.split(out, [served], axis=2)
         if self.rotary:
-            query, key = rotate(query, rows), rotate(key, rows)
+            turned = rotate(turned, rows)
+        query, key = jnp.split(turned, [self.num_heads], axis=2)
         return Tokens(x, query, key, value, rows, mask)
 
 

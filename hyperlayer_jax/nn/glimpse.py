@@ -35,6 +35,8 @@ class Glimpses:
         sampled.
       log_prob: float32 [*B], of the places looked at, where a policy drew them; else None.
       baseline: float32 [*B], the reward that the policy expects, with `log_prob`; else None.
+      log_chances: float32 [*B, g], how much to make of each glimpse, chances that sum to 1; None
+        where all are wanted.
     """
 
     patches: jax.Array
@@ -42,6 +44,7 @@ class Glimpses:
     sigmas: jax.Array
     log_prob: jax.Array | None = dataclasses.field(default=None, kw_only=True)
     baseline: jax.Array | None = dataclasses.field(default=None, kw_only=True)
+    log_chances: jax.Array | None = dataclasses.field(default=None, kw_only=True)
 
 
 class Shape(Protocol):

@@ -1,4 +1,4 @@
-"""What a pattern of attention is.
+"""What a pattern of attention is, and those that learn distances, token by token.
 
 It is a few numbers. What it learns is in the `positions` of its layer, which it makes, and what it
 draws comes from the layer's `sampler`.
@@ -8,13 +8,16 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hyperlayer_jax import checks
-from hyperlayer_jax.attention import sparse_attention
+from hyperlayer_jax.attention import at_keys, sparse_attention
 from hyperlayer_jax.kernels import serving
+from hyperlayer_jax.nn.positions import FreePositions, LearnedPositions
 from hyperlayer_jax.nn.sampler import Sampler
-from hyperlayer_jax.types import RowSparseTensor, SparseTensor
+from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
 
 
 class Layer(Protocol):
@@ -59,9 +62,11 @@ class Pattern:
 
     Attributes:
       letter: its name among the layers of a `TransformerLM`.
+      draws: takes points from the layer's `sampler`.
     """
 
     letter: ClassVar[str]
+    draws: ClassVar[bool] = False
 
     def __post_init__(self):
         """Raises a ValueError where an option is out of range."""
@@ -138,3 +143,119 @@ def attend(
     return sparse_attention(
         query, key, value, pattern, causal=causal, mask=mask, implementation=implementation
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampled(Pattern):
+    """Points around index tuples that are learned.
+
+    Each tuple has its two neighbours and the points of the layer's sampler, so that a token attends
+    to at most (2 + global + local points) `num_tuples` keys.
+
+    Attributes:
+      num_tuples: k, the tuples of each token and head.
+      min_sigma: the smallest sigma >= 0, in positions.
+      shared: all heads share one pattern.
+    """
+
+    draws = True
+    num_tuples: int = 4
+    min_sigma: float = 0.3
+    shared: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.min_sigma >= 0:
+            raise ValueError(f"min_sigma: got {self.min_sigma}, want >= 0")
+
+    def size(self, layer: Layer) -> int:
+        """The length of the index space: tokens, or blocks of them."""
+        return layer.max_length
+
+    def _free(self, layer):
+        return FreePositions(
+            1 if self.shared else layer.num_heads,
+            self.num_tuples,
+            self.size(layer),
+            causal=layer.causal,
+            min_sigma=self.min_sigma,
+        )
+
+    def _points(self, layer: Layer, tuples: IndexTuples, size: int, where):
+        """Points and weights of tuples [B, heads, R, k, r]."""
+        if layer.causal and layer.sampler.deterministic:
+            # Fixed points must be the same however many tokens follow.
+            size = self.size(layer)
+        shape = (size,) * tuples.means.shape[-1]
+        # By name, since `nnx.tabulate` shows no dataclass among arguments by position.
+        options = {"where": where, "implementation": layer.implementation}
+        return layer.sampler(tuples=tuples, shape=shape, **options)
+
+    def _keys(self, layer, tuples, rows, length, mask=None):
+        """The pattern of tuples [B, N, R, k] of tokens at int32 `rows` [R], over `length` keys."""
+
+        def visible(indices):
+            columns = indices[..., 0]
+            seen = columns >= 0 if mask is None else at_keys(mask, columns)
+            return seen & (columns <= rows[None, None, :, None]) if layer.causal else seen
+
+        points = self._points(layer, tuples, length, visible)
+        return RowSparseTensor(*of_heads(*points), (rows.size,), (length,))
+
+
+class Static(Sampled):
+    """Distances that are parameters, the same for every token."""
+
+    letter = "s"
+
+    def make_positions(self, layer, rngs):
+        return self._free(layer)
+
+    def pattern(self, layer, tokens):
+        tuples = self._tuples(layer, tokens)
+        return self._keys(layer, tuples, tokens.rows, tokens.x.shape[1], tokens.mask)
+
+    def extend(self, layer, tokens, keys, values, state):
+        pattern = self._keys(layer, self._tuples(layer, tokens), tokens.rows, keys.shape[1])
+        return attend(layer, tokens.query, keys, values, pattern), state
+
+    def _tuples(self, layer, tokens):
+        raw = layer.positions.raw()
+        shape = len(tokens.x), raw.shape[1], tokens.rows.size, *raw.shape[3:]
+        return layer.positions.tuples(jnp.broadcast_to(raw, shape), tokens.rows)
+
+
+class Learned(Sampled):
+    """Distances that a small network says, which reads the token, its place and what it may see.
+
+    That is the mean of all tokens up to it, or of all where not causal.
+    """
+
+    letter = "l"
+
+    def make_positions(self, layer, rngs):
+        return LearnedPositions(layer.features, self._free(layer), rngs=rngs)
+
+    def pattern(self, layer, tokens):
+        return self._rows(layer, tokens, np.s_[:])
+
+    def init_cache(self, layer, keys):
+        return layer.positions.init_cache(len(keys))
+
+    def extend(self, layer, tokens, keys, values, state):
+        context_mean, state = layer.positions.extend(tokens.x, tokens.rows, state)
+        raw = layer.positions.raw(tokens.x, context_mean, tokens.rows)
+        tuples = layer.positions.free.tuples(raw, tokens.rows)
+        pattern = self._keys(layer, tuples, tokens.rows, keys.shape[1])
+        return attend(layer, tokens.query, keys, values, pattern), state
+
+    def _rows(self, layer, tokens, at):
+        """The pattern of the tokens of a slice `at`."""
+        rows, mask = tokens.rows[at], tokens.mask
+        tuples = layer.positions.tuples(tokens.x, rows, mask=mask, at=at)
+        return self._keys(layer, tuples, rows, tokens.x.shape[1], mask)
+
+
+def of_heads(indices, weights):
+    """Points and weights [B, heads, ...], without the heads axis if all heads share one."""
+    return (indices[:, 0], weights[:, 0]) if weights.shape[1] == 1 else (indices, weights)

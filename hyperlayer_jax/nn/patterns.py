@@ -1,4 +1,4 @@
-"""Patterns of attention that learn where to look, and the table of all."""
+"""The table of all patterns of attention, and those that are rarer."""
 
 import dataclasses
 
@@ -7,113 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperlayer_jax.attention import at_keys
-from hyperlayer_jax.nn.pattern import Layer, Pattern, attend
-from hyperlayer_jax.nn.positions import FreeEntries, FreePositions, LearnedPositions
+from hyperlayer_jax.nn.content import Content
+from hyperlayer_jax.nn.pattern import Learned, Pattern, Sampled, Static, attend, of_heads
+from hyperlayer_jax.nn.positions import FreeEntries
 from hyperlayer_jax.nn.window import Dense, Window
-from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
+from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampled(Pattern):
-    """Points around index tuples that are learned.
-
-    Each tuple has its two neighbours and the points of the layer's sampler, so that a token attends
-    to at most (2 + global + local points) `num_tuples` keys.
-
-    Attributes:
-      num_tuples: k, the tuples of each token and head.
-      min_sigma: the smallest sigma >= 0, in positions.
-      shared: all heads share one pattern.
-    """
-
-    num_tuples: int = 4
-    min_sigma: float = 0.3
-    shared: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.min_sigma >= 0:
-            raise ValueError(f"min_sigma: got {self.min_sigma}, want >= 0")
-
-    def size(self, layer: Layer) -> int:
-        """The length of the index space: tokens, or blocks of them."""
-        return layer.max_length
-
-    def _free(self, layer):
-        return FreePositions(
-            1 if self.shared else layer.num_heads,
-            self.num_tuples,
-            self.size(layer),
-            causal=layer.causal,
-            min_sigma=self.min_sigma,
-        )
-
-    def _points(self, layer: Layer, tuples: IndexTuples, size: int, where):
-        """Points and weights of tuples [B, heads, R, k, r]."""
-        if layer.causal and layer.sampler.deterministic:
-            # Fixed points must be the same however many tokens follow.
-            size = self.size(layer)
-        shape = (size,) * tuples.means.shape[-1]
-        return layer.sampler(tuples, shape, where=where, implementation=layer.implementation)
-
-    def _keys(self, layer, tuples, rows, length, mask=None):
-        """The pattern of tuples [B, N, R, k] of tokens at int32 `rows` [R], over `length` keys."""
-
-        def visible(indices):
-            columns = indices[..., 0]
-            seen = columns >= 0 if mask is None else at_keys(mask, columns)
-            return seen & (columns <= rows[None, None, :, None]) if layer.causal else seen
-
-        points = self._points(layer, tuples, length, visible)
-        return RowSparseTensor(*_of_heads(*points), (rows.size,), (length,))
-
-
-class Static(Sampled):
-    """Distances that are parameters, the same for every token."""
-
-    letter = "s"
-
-    def make_positions(self, layer, rngs):
-        return self._free(layer)
-
-    def pattern(self, layer, tokens):
-        tuples = self._tuples(layer, tokens)
-        return self._keys(layer, tuples, tokens.rows, tokens.x.shape[1], tokens.mask)
-
-    def extend(self, layer, tokens, keys, values, state):
-        pattern = self._keys(layer, self._tuples(layer, tokens), tokens.rows, keys.shape[1])
-        return attend(layer, tokens.query, keys, values, pattern), state
-
-    def _tuples(self, layer, tokens):
-        raw = layer.positions.raw()
-        shape = len(tokens.x), raw.shape[1], tokens.rows.size, *raw.shape[3:]
-        return layer.positions.tuples(jnp.broadcast_to(raw, shape), tokens.rows)
-
-
-class Learned(Sampled):
-    """Distances that a small network says, which reads the token, its place and what it may see.
-
-    That is the mean of all tokens up to it, or of all where not causal.
-    """
-
-    letter = "l"
-
-    def make_positions(self, layer, rngs):
-        return LearnedPositions(layer.features, self._free(layer), rngs=rngs)
-
-    def pattern(self, layer, tokens):
-        context_mean = layer.positions.context_mean(tokens.x, tokens.mask)
-        tuples = layer.positions.tuples(tokens.x, context_mean, tokens.rows)
-        return self._keys(layer, tuples, tokens.rows, tokens.x.shape[1], tokens.mask)
-
-    def init_cache(self, layer, keys):
-        return layer.positions.init_cache(len(keys))
-
-    def extend(self, layer, tokens, keys, values, state):
-        context_mean, state = layer.positions.extend(tokens.x, tokens.rows, state)
-        tuples = layer.positions.tuples(tokens.x, context_mean, tokens.rows)
-        pattern = self._keys(layer, tuples, tokens.rows, keys.shape[1])
-        return attend(layer, tokens.query, keys, values, pattern), state
+__all__ = [
+    "PATTERNS",
+    "Block",
+    "Content",
+    "Dense",
+    "Learned",
+    "Learned2D",
+    "Pattern",
+    "Sampled",
+    "Static",
+    "Strided",
+    "Window",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,13 +40,9 @@ class Strided(Learned):
         return self.stride, 1
 
     def pattern(self, layer, tokens):
-        length, mask, at = tokens.x.shape[1], tokens.mask, np.s_[self.stride - 1 :: self.stride]
-        if length < self.stride:
+        if tokens.x.shape[1] < self.stride:
             return None
-        context_mean = layer.positions.context_mean(tokens.x, mask)[:, at]
-        rows = tokens.rows[at]
-        tuples = layer.positions.tuples(tokens.x[:, at], context_mean, rows)
-        return self._keys(layer, tuples, rows, length, mask)
+        return self._rows(layer, tokens, np.s_[self.stride - 1 :: self.stride])
 
     def attend(self, layer, tokens):
         query, key, value, mask = tokens.query, tokens.key, tokens.value, tokens.mask
@@ -180,7 +88,7 @@ class Learned2D(Sampled):
         tuples = layer.positions.tuples()
         tuples = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), tuples)
         points = self._points(layer, tuples, self.size(layer), past if layer.causal else None)
-        indices, weights = _of_heads(*points)
+        indices, weights = of_heads(*points)
         out, into = indices[..., 0] - rows[0], indices[..., 1]
         weights = jnp.where((out >= 0) & (out < rows.size) & (into < length), weights, 0)
         indices = jnp.stack([jnp.clip(out, 0, rows.size - 1), jnp.clip(into, 0, length - 1)], -1)
@@ -208,15 +116,13 @@ class Block(Learned):
         return -(-layer.max_length // self.block)
 
     def pattern(self, layer, tokens):
-        first, exists = np.s_[:, :: self.block], None
-        x = tokens.x[first]
-        context_mean = layer.positions.context_mean(tokens.x, tokens.mask)[first]
-        rows = tokens.rows[: x.shape[1]]
-        if tokens.mask is not None:
-            exists = self._padded(tokens.mask).reshape(len(x), -1, self.block).any(-1)
-        tuples = layer.positions.tuples(x, context_mean, rows)
+        rows, mask, exists = tokens.rows[: -(-tokens.rows.size // self.block)], tokens.mask, None
+        if mask is not None:
+            exists = self._padded(mask).reshape(len(mask), -1, self.block).any(-1)
+        at = np.s_[:: self.block]
+        tuples = layer.positions.tuples(tokens.x, rows, mask=mask, at=at)
         columns, weights = self._blocks(layer, tuples, rows, rows.size, exists)
-        return RowSparseTensor(*_of_heads(columns[..., None], weights), (rows.size,), (rows.size,))
+        return RowSparseTensor(*of_heads(columns[..., None], weights), (rows.size,), (rows.size,))
 
     def attend(self, layer, tokens):
         length, mask, causal = tokens.x.shape[1], tokens.mask, layer.causal
@@ -247,7 +153,7 @@ class Block(Learned):
         columns = columns.reshape(*blocks.shape[:-1], -1)
         past = columns <= rows[None, None, :, None]
         weights = jnp.where(past, jnp.repeat(weights, self.block, axis=-1), 0)
-        points = _of_heads(columns[..., None], weights)
+        points = of_heads(columns[..., None], weights)
         pattern = RowSparseTensor(*points, (rows.size,), (keys.shape[1],))
         return attend(layer, tokens.query, keys, values, pattern), (total, raw)
 
@@ -280,13 +186,9 @@ PATTERNS: dict[str, Pattern] = {
     "strided": Strided(),
     "window": Window(),
     "block": Block(),
+    "content": Content(),
     "dense": Dense(),
 }
-
-
-def _of_heads(indices, weights):
-    """Points and weights [B, heads, ...], without the heads axis if all heads share one."""
-    return (indices[:, 0], weights[:, 0]) if weights.shape[1] == 1 else (indices, weights)
 
 
 def _own_values(tokens):

@@ -152,20 +152,22 @@ class LearnedPositions(nnx.Module):
             _HIDDEN, heads * tuples * 2, use_bias=False, kernel_init=zeros, rngs=rngs
         )
 
-    def context_mean(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """What the network reads of the tokens x [B, T, E] that each may see: [B, T, HIDDEN].
+    def tuples(
+        self, x: jax.Array, rows: jax.Array, *, mask: jax.Array | None = None, at: slice
+    ) -> IndexTuples:
+        """Index tuples of some of the tokens of whole sequences.
 
         Args:
-          x: whole sequences.
+          x: float [B, T, E].
+          rows: int32 [R], the positions of those that are meant.
           mask: bool [B, T], the tokens that exist; all where None.
+          at: which R of the T tokens are meant.
+
+        Returns:
+          Means and sigmas [B, num_heads, R, k, 1], values of 1.
         """
-        exists = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
-        read = self._read(x) * exists[..., None]
-        if self.free.line.causal:
-            total, count = _running_sum(read), _running_sum(exists)
-        else:
-            total, count = read.sum(1, keepdims=True), exists.sum(1, keepdims=True)
-        return jnp.broadcast_to(total / jnp.maximum(count, 1)[..., None], read.shape)
+        raw = self.raw(x[:, at], self._context_mean(x, mask)[:, at], rows)
+        return self.free.tuples(raw, rows)
 
     def init_cache(self, batch: int) -> jax.Array:
         """What `extend` needs of no tokens: the sum of what is read of them, [B, HIDDEN]."""
@@ -183,7 +185,7 @@ class LearnedPositions(nnx.Module):
 
         Args:
           x: float [B, R, E].
-          context_mean: float32 [B, R, HIDDEN].
+          context_mean: float32 [B, R, HIDDEN], of what is read of the tokens that each may see.
           rows: int32 [R].
         """
         place = rows.astype(jnp.float32)[:, None] / self.free.line.size * self.place[...][None]
@@ -193,9 +195,15 @@ class LearnedPositions(nnx.Module):
         out = self.out_proj(jax.nn.gelu(hidden)).reshape(*x.shape[:2], heads, tuples, 2)
         return _NETWORK_GAIN * jnp.moveaxis(out, 2, 1) + self.free.raw()
 
-    def tuples(self, x: jax.Array, context_mean: jax.Array, rows: jax.Array) -> IndexTuples:
-        """Index tuples of the arguments of `raw`: means and sigmas [B, num_heads, R, k, 1]."""
-        return self.free.tuples(self.raw(x, context_mean, rows), rows)
+    def _context_mean(self, x, mask):
+        """What the network reads of the tokens x [B, T, E] that each may see: [B, T, HIDDEN]."""
+        exists = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
+        read = self._read(x) * exists[..., None]
+        if self.free.line.causal:
+            total, count = _running_sum(read), _running_sum(exists)
+        else:
+            total, count = read.sum(1, keepdims=True), exists.sum(1, keepdims=True)
+        return jnp.broadcast_to(total / jnp.maximum(count, 1)[..., None], read.shape)
 
     def _read(self, x):
         return self.context_proj(_float32(x))

@@ -27,9 +27,9 @@ class TransformerLM(nnx.Module):
     """A decoder-only transformer whose layers attend each in their own way.
 
     A string names the layers: "wwwl" is three of "window" and one of "learned"; the letters are l
-    (learned), s (static), 2 (learned2d), t (strided), w (window), b (block) and d (dense), the
-    patterns of `SparseSelfAttention`. Layers normalise their input (pre-norm), and the embedding
-    of tokens is also the matrix of the logits.
+    (learned), s (static), 2 (learned2d), t (strided), w (window), b (block), c (content) and d
+    (dense), the patterns of `SparseSelfAttention`. Layers normalise their input (pre-norm), and the
+    embedding of tokens is also the matrix of the logits.
     """
 
     def __init__(

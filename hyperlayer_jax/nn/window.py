@@ -50,11 +50,22 @@ class Window(Pattern):
         return attend(layer, tokens.query, keys, values, pattern), state
 
     def _pattern(self, layer, rows, length):
-        back = _reach(self.window, layer.causal)
-        columns = rows[:, None] + jnp.arange(self.window, dtype=jnp.int32)[None] - back
-        weights = ((columns >= 0) & (columns < length)).astype(jnp.float32)
-        columns = jnp.clip(columns, 0, length - 1)
+        columns, seen = window_columns(rows, length, window=self.window, causal=layer.causal)
+        weights = seen.astype(jnp.float32)
         return RowSparseTensor(columns[..., None], weights, (rows.size,), (length,))
+
+
+def window_columns(
+    rows: jax.Array, length: int, *, window: int, causal: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The keys that queries at int32 `rows` [R] see of `length`, and which of them there are.
+
+    Returns:
+      int32 and bool [R, window]; those that there are not lie at an end of the sequence.
+    """
+    first = rows[:, None] - _reach(window, causal)
+    columns = first + jnp.arange(window, dtype=jnp.int32)[None]
+    return jnp.clip(columns, 0, length - 1), (columns >= 0) & (columns < length)
 
 
 def window_attention(

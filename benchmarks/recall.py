@@ -1,0 +1,198 @@
+"""Recall by pattern of attention: pairs of key and value, and a needle far away.
+
+Every model has a layer that sees a window and one of the pattern, trained alike and tested also on
+sequences that are longer. "topk" is a baseline of ours after NSA (arXiv 2502.11089): blocks of
+keys chosen by the score of their mean, and all means, and a window, weighted by gates.
+
+  python -m benchmarks.recall --patterns=content,dense,topk --length=128 --pairs=32 --steps=600
+  python -m benchmarks.recall --task=needle --patterns=content --length=256 --longest=16384
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from hyperlayer_jax import RowSparseTensor, sparse_attention
+from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM
+from hyperlayer_jax.nn.linear import TokenLinear
+from hyperlayer_jax.nn.patterns import PATTERNS, Content, Window
+from hyperlayer_jax.nn.window import window_attention
+from train import recall, updates
+from train.transformer_config import NUM_TOKENS
+
+_WINDOW, _BLOCK, _CHOSEN = 16, 8, 2
+_AT_ONCE = 50
+_VALUES = NUM_TOKENS["recall"] // 2
+
+# Tokens [n, T] and the answers [n, a] to the last a of them.
+Draw = Callable[[jax.Array, int, int], tuple[jax.Array, jax.Array]]
+
+
+class BlockTopK(nnx.Module):
+    """Attention over blocks of keys that are chosen by their means, over all means, and a window.
+
+    Each of the three has keys and values of its own; gates add them up (NSA, equation 5). Blocks
+    are those that are past; a mean is of what a block projects to, linearly.
+    """
+
+    def __init__(self, features: int, num_heads: int, *, rngs: nnx.Rngs):
+        """Makes the projections."""
+        self.num_heads = num_heads
+        linear = functools.partial(TokenLinear, features, use_bias=False, rngs=rngs)
+        self.qkv_proj = linear(7 * features)
+        self.gate_proj = TokenLinear(features, 3 * num_heads, rngs=rngs)
+        self.out_proj = linear(features)
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Maps tokens [B, T, E] to tokens; T in whole blocks."""
+        del mask
+        batch, length, features = x.shape
+        heads = (batch, length, 7, self.num_heads, features // self.num_heads)
+        query, *keys_values = jnp.moveaxis(self.qkv_proj(x).reshape(heads), 2, 0)
+        means = [y.reshape(batch, -1, _BLOCK, *y.shape[2:]).mean(2) for y in keys_values[:2]]
+        rows, blocks = jnp.arange(length), jnp.arange(length // _BLOCK)
+        past = (blocks[None] + 1) * _BLOCK <= rows[:, None] + 1
+        scores = jnp.einsum("btnh,bsnh->bnts", query, means[0]) * heads[-1] ** -0.5
+        scores = jnp.where(past[None, None], scores, -1e9)
+        shares = jnp.where(past[None, None], jax.nn.softmax(scores), 0)
+        compressed = jnp.einsum("bnts,bsnh->btnh", shares, means[1])
+        best, chosen = jax.lax.top_k(jax.lax.stop_gradient(shares), min(_CHOSEN, blocks.size))
+        columns = (chosen[..., None] * _BLOCK + jnp.arange(_BLOCK)).reshape(*best.shape[:3], -1)
+        weights = jnp.repeat((best > 0).astype(jnp.float32), _BLOCK, axis=-1)
+        pattern = RowSparseTensor(columns[..., None], weights, (length,), (length,))
+        selected = sparse_attention(query, *keys_values[2:4], pattern)
+        near = window_attention(query, *keys_values[4:], window=_WINDOW, causal=True)
+        gates = jax.nn.sigmoid(self.gate_proj(x)).reshape(batch, length, 3, self.num_heads, 1)
+        out = sum(gates[:, :, i] * y for i, y in enumerate((compressed, selected, near)))
+        return self.out_proj(out.reshape(x.shape))
+
+
+def make_model(pattern: str, features: int, heads: int, length: int, *, seed: int) -> TransformerLM:
+    """A layer of "window", then one of the pattern."""
+
+    def attention(*sizes, pattern, rngs, **options):
+        if pattern == "dense" and kind == "topk":
+            return BlockTopK(*sizes[:2], rngs=rngs)
+        made = {"window": Window(window=_WINDOW), "content": Content(window=_WINDOW)}
+        made = made.get(pattern, PATTERNS[pattern])
+        return SparseSelfAttention(*sizes, pattern=made, rngs=rngs, **options)
+
+    kind, letter = pattern, PATTERNS["dense" if pattern == "topk" else pattern].letter
+    model = TransformerLM(
+        NUM_TOKENS["recall"],
+        features,
+        heads,
+        length,
+        layers="w" + letter,
+        attention=attention,
+        rngs=nnx.Rngs(seed),
+    )
+    return recall.quieted(model)
+
+
+def needle(key: jax.Array, count: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens int32 [count, length] of which one stands before a value, and is the last one, too."""
+    place_key, value_key, key = jax.random.split(key, 3)
+    tokens = jax.random.randint(key, (count, length), 1, _VALUES)
+    place = jax.random.randint(place_key, (count,), 0, length - 2)
+    value = jax.random.randint(value_key, (count,), _VALUES, 2 * _VALUES)
+    at = jnp.arange(count)
+    return tokens.at[at, place].set(0).at[at, place + 1].set(value).at[:, -1].set(0), value[:, None]
+
+
+def _pairs(share: float, key: jax.Array, count: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """Examples of the recall task, of so many pairs a token."""
+    return recall.examples(key, count, length=length, pairs=round(share * length))
+
+
+def fit(model: TransformerLM, draw: Draw, length: int, args: argparse.Namespace, seed: int) -> Any:
+    """Trains a model; returns its state."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    rate = updates.warmup_cosine(args.learning_rate, args.steps, warmup=100)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+
+    def loss_fn(params, rest, key):
+        tokens, answers = draw(key, args.batch_size, length)
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        logits = model(tokens)[:, -answers.shape[1] :]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, answers)
+        return losses.mean(), nnx.state(model, nnx.Not(nnx.Param))
+
+    @jax.jit
+    def steps(carry, keys):
+        def step(carry, key):
+            params, rest, moments = carry
+            (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rest, key)
+            updates, moments = optimizer.update(grads, moments)
+            return (optax.apply_updates(params, updates), rest, moments), loss
+
+        return jax.lax.scan(step, carry, keys)
+
+    carry = params, rest, optimizer.init(params)
+    for first in range(0, args.steps, _AT_ONCE):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), first), _AT_ONCE)
+        carry, losses = steps(carry, keys)
+        print(f"  step {first + _AT_ONCE}: loss {losses.mean():.4f}", flush=True)
+    return nnx.merge_state(*carry[:2])
+
+
+def accuracy(model: TransformerLM, state: Any, draw: Draw, length: int) -> dict[str, float]:
+    """The share of right answers, and what a token costs, in evaluation."""
+    graphdef = nnx.split(nnx.view(model, deterministic=True))[0]
+    count = max(1, 2**13 // length)
+
+    @jax.jit
+    def run(state, tokens):
+        return nnx.merge(graphdef, state, copy=True)(tokens).argmax(-1)
+
+    right, seconds = [], []
+    for i in range(max(4, 64 // count)):
+        tokens, answers = draw(jax.random.fold_in(jax.random.key(123), i), count, length)
+        begin = time.perf_counter()
+        said = np.asarray(run(state, tokens))[:, -answers.shape[1] :]
+        seconds.append(time.perf_counter() - begin)
+        right.append(said == np.asarray(answers))
+    cost = 1e6 * float(np.median(seconds[1:])) / count / length
+    return {"accuracy": float(np.mean(right)), "us_per_token": cost}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Trains and tests models of all patterns and seeds."""
+    lengths = [args.length * 4**i for i in range(8) if args.length * 4**i <= args.longest]
+    pairs = functools.partial(_pairs, args.pairs / args.length)
+    draw, rows = needle if args.task == "needle" else pairs, []
+    for pattern in args.patterns.split(","):
+        for seed in map(int, args.seeds.split(",")):
+            make = functools.partial(make_model, pattern, args.features, args.heads, seed=seed)
+            model = make(args.length)
+            state = fit(model, draw, args.length, args, seed)
+            for length in lengths:
+                row = {"pattern": pattern, "seed": seed, "length": length}
+                rows.append(row | accuracy(make(length), state, draw, length))
+                print(
+                    " ".join(f"{k} {v:.4g}" if k != "pattern" else v for k, v in rows[-1].items())
+                )
+    print(json.dumps({"task": args.task, "steps": args.steps, "cases": rows}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=["recall", "needle"], default="recall")
+    parser.add_argument("--patterns", default="content,dense,window,learned,block,topk")
+    parser.add_argument("--seeds", default="0")
+    for name, default in (
+        ("length", 128), ("longest", 512), ("pairs", 32), ("steps", 600), ("batch_size", 16),
+        ("features", 64), ("heads", 4),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    main(parser.parse_args())
