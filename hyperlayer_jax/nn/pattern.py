@@ -221,7 +221,7 @@ class Static(Sampled):
 
     def _tuples(self, layer, tokens):
         raw = layer.positions.raw()
-        shape = len(tokens.x), raw.shape[1], tokens.rows.size, *raw.shape[3:]
+        shape = tokens.x.shape[0], raw.shape[1], tokens.rows.size, *raw.shape[3:]
         return layer.positions.tuples(jnp.broadcast_to(raw, shape), tokens.rows)
 
 
@@ -240,7 +240,7 @@ class Learned(Sampled):
         return self._rows(layer, tokens, np.s_[:])
 
     def init_cache(self, layer, keys):
-        return layer.positions.init_cache(len(keys))
+        return layer.positions.init_cache(keys.shape[0])
 
     def extend(self, layer, tokens, keys, values, state):
         context_mean, state = layer.positions.extend(tokens.x, tokens.rows, state)

@@ -80,7 +80,7 @@ class Learned2D(Sampled):
         return attend(layer, tokens.query, keys, values, pattern), state
 
     def _entries(self, layer, tokens, length):
-        rows, batch = tokens.rows, len(tokens.x)
+        rows, batch = tokens.rows, tokens.x.shape[0]
 
         def past(indices):
             return indices[..., 1] <= indices[..., 0]
@@ -136,7 +136,7 @@ class Block(Learned):
     def init_cache(self, layer, keys):
         """What `Learned` keeps, and what the network said for each block when it began."""
         heads, tuples, _ = layer.positions.free.parameters.shape
-        raw = jnp.zeros((len(keys), heads, self.size(layer), tuples, 2))
+        raw = jnp.zeros((keys.shape[0], heads, self.size(layer), tuples, 2))
         return super().init_cache(layer, keys), raw
 
     def extend(self, layer, tokens, keys, values, state):
