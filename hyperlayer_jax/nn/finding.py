@@ -114,7 +114,7 @@ class FindingGlimpses(nnx.Module):
             checks.check_float("maps", maps, 2, "[*B, n, 4]")
             checks.check_indices("cells", cells, 2, "[*B, n, 2]")
             rows, columns = checks.check_shape("grid_shape", grid_shape or (), 2)
-            leading = maps.shape[:-2]
+            leading = list(maps.shape[:-2])
         _check_maps(images, maps, cells, self.num_candidates)
         maps = maps.astype(jnp.float32)
         chosen = self.candidates(maps[..., 0])
