@@ -24,7 +24,7 @@ from flax import nnx
 from hyperlayer_jax import RowSparseTensor, sparse_attention
 from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM
 from hyperlayer_jax.nn.linear import TokenLinear
-from hyperlayer_jax.nn.patterns import PATTERNS, Content, Window
+from hyperlayer_jax.nn.patterns import PATTERNS, Content, Dense, Window
 from hyperlayer_jax.nn.window import window_attention
 from train import recall, updates
 from train.transformer_config import NUM_TOKENS
@@ -76,23 +76,22 @@ class BlockTopK(nnx.Module):
         return self.out_proj(out.reshape(x.shape))
 
 
-def make_model(pattern: str, features: int, heads: int, length: int, *, seed: int) -> TransformerLM:
-    """A layer of "window", then one of the pattern."""
+def make_model(name: str, features: int, heads: int, length: int, *, seed: int) -> TransformerLM:
+    """A layer of "window", then one of the pattern of this name, or "topk"."""
 
     def attention(*sizes, pattern, rngs, **options):
-        if pattern == "dense" and kind == "topk":
+        if pattern is chosen:
             return BlockTopK(*sizes[:2], rngs=rngs)
-        made = {"window": Window(window=_WINDOW), "content": Content(window=_WINDOW)}
-        made = made.get(pattern, PATTERNS[pattern])
-        return SparseSelfAttention(*sizes, pattern=made, rngs=rngs, **options)
+        return SparseSelfAttention(*sizes, pattern=pattern, rngs=rngs, **options)
 
-    kind, letter = pattern, PATTERNS["dense" if pattern == "topk" else pattern].letter
+    near, chosen = Window(window=_WINDOW), Dense()
+    layer = {"topk": chosen, "content": Content(window=_WINDOW)}.get(name) or PATTERNS[name]
     model = TransformerLM(
         NUM_TOKENS["recall"],
         features,
         heads,
         length,
-        layers="w" + letter,
+        layers=[near, layer],
         attention=attention,
         rngs=nnx.Rngs(seed),
     )
