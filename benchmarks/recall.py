@@ -82,6 +82,8 @@ def make_model(name: str, features: int, heads: int, length: int, *, seed: int) 
     def attention(*sizes, pattern, rngs, **options):
         if pattern is chosen:
             return BlockTopK(*sizes[:2], rngs=rngs)
+        # What is asked for is as likely at any distance.
+        options["rotary"] = pattern is near
         return SparseSelfAttention(*sizes, pattern=pattern, rngs=rngs, **options)
 
     near, chosen = Window(window=_WINDOW), Dense()
