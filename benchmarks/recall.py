@@ -24,7 +24,8 @@ from flax import nnx
 from hyperlayer_jax import RowSparseTensor, sparse_attention
 from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM
 from hyperlayer_jax.nn.linear import TokenLinear
-from hyperlayer_jax.nn.patterns import PATTERNS, Content, Window
+from hyperlayer_jax.nn.patterns import PATTERNS, Content, Dense, Window
+from hyperlayer_jax.nn.rotary import rotate
 from hyperlayer_jax.nn.window import window_attention
 from train import recall, updates
 from train.transformer_config import NUM_TOKENS
@@ -58,8 +59,9 @@ class BlockTopK(nnx.Module):
         batch, length, features = x.shape
         heads = (batch, length, 7, self.num_heads, features // self.num_heads)
         query, *keys_values = jnp.moveaxis(self.qkv_proj(x).reshape(heads), 2, 0)
-        means = [y.reshape(batch, -1, _BLOCK, *y.shape[2:]).mean(2) for y in keys_values[:2]]
         rows, blocks = jnp.arange(length), jnp.arange(length // _BLOCK)
+        query, *keys_values[::2] = (rotate(y, rows) for y in (query, *keys_values[::2]))
+        means = [y.reshape(batch, -1, _BLOCK, *y.shape[2:]).mean(2) for y in keys_values[:2]]
         past = (blocks[None] + 1) * _BLOCK <= rows[:, None] + 1
         scores = jnp.einsum("btnh,bsnh->bnts", query, means[0]) * heads[-1] ** -0.5
         scores = jnp.where(past[None, None], scores, -1e9)
@@ -76,23 +78,22 @@ class BlockTopK(nnx.Module):
         return self.out_proj(out.reshape(x.shape))
 
 
-def make_model(pattern: str, features: int, heads: int, length: int, *, seed: int) -> TransformerLM:
-    """A layer of "window", then one of the pattern."""
+def make_model(name: str, features: int, heads: int, length: int, *, seed: int) -> TransformerLM:
+    """A layer of "window", then one of the pattern of this name, or "topk"."""
 
     def attention(*sizes, pattern, rngs, **options):
-        if pattern == "dense" and kind == "topk":
+        if pattern is chosen:
             return BlockTopK(*sizes[:2], rngs=rngs)
-        made = {"window": Window(window=_WINDOW), "content": Content(window=_WINDOW)}
-        made = made.get(pattern, PATTERNS[pattern])
-        return SparseSelfAttention(*sizes, pattern=made, rngs=rngs, **options)
+        return SparseSelfAttention(*sizes, pattern=pattern, rngs=rngs, **options)
 
-    kind, letter = pattern, PATTERNS["dense" if pattern == "topk" else pattern].letter
+    near, chosen = Window(window=_WINDOW), Dense()
+    layer = {"topk": chosen, "content": Content(window=_WINDOW)}.get(name) or PATTERNS[name]
     model = TransformerLM(
         NUM_TOKENS["recall"],
         features,
         heads,
         length,
-        layers="w" + letter,
+        layers=[near, layer],
         attention=attention,
         rngs=nnx.Rngs(seed),
     )

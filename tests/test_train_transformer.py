@@ -10,7 +10,7 @@ from flax import nnx
 
 pytest.importorskip("tensorboardX", reason="launchers need the extra train")
 
-from train import language, offset, patterns, transformer, transformer_config
+from train import language, offset, patterns, recall, transformer, transformer_config
 from train.runs import load_run
 
 SMALL = {
@@ -107,6 +107,21 @@ def test_pictures_show_the_largest_weight_of_each_square():
     shown, sizes = patterns.squares(weights)
     assert shown.shape == (200, 200) and sizes == [3, 3]
     assert shown[199, 0] == 1 and shown.sum() == 1
+
+
+def test_an_answer_is_what_stood_next_to_its_key():
+    tokens, answers = map(np.asarray, recall.examples(jax.random.key(0), 3, length=20, pairs=6))
+    for told, asked, wanted in zip(tokens[:, :12], tokens[:, 12:], answers, strict=True):
+        values = dict(told.reshape(6, 2).tolist())
+        assert len(values) == 6
+        assert wanted.tolist() == [values[key] for key in asked.tolist()]
+
+
+def test_recall_is_measured_on_new_examples(tmp_path):
+    sizes = {"length": 12, "pairs": 3, "features": 8, "num_heads": 1, "layers": "c", "steps": 2}
+    config = transformer.Config(task="recall", mesh="data:1", **sizes)
+    figures = transformer.train_and_evaluate(config, tmp_path)
+    assert 0 <= figures["accuracy"] < 0.1 and figures["steps"] == 2
 
 
 def test_the_step_size_warms_up_and_long_gradients_are_clipped():

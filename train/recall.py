@@ -18,8 +18,6 @@ from train import devices, evaluation, loop, runs, transformer_config, updates
 from train.patterns import save_patterns
 from train.transformer_config import NUM_TOKENS, Config
 
-# Of what layers add to tokens, at first.
-_FIRST_SHARE = 0.1
 _TEST_EXAMPLES, _AT_ONCE, _NUM_EVALUATIONS = 256, 32, 10
 
 
@@ -72,10 +70,10 @@ def make_model(config: Config) -> TransformerLM:
 
 
 def quieted(model: TransformerLM) -> TransformerLM:
-    """The model with layers that at first add little, so that tokens say what they are."""
+    """The model with layers that at first add nothing, so that tokens say what they are."""
     for block in model.blocks:
         for last in (block.attention.out_proj, block.down_proj):
-            last.kernel[...] = _FIRST_SHARE * last.kernel[...]
+            last.kernel[...] = jnp.zeros_like(last.kernel[...])
     return model
 
 

@@ -82,7 +82,8 @@ class Content(Pattern):
 
     On each of a few learned lines, a token sees those next to where it looks, of all before the
     window where causal, and of all that there are where not. So it sees at most `num_lines`
-    `num_nearest` + `window` keys, at the cost of sorting. See `content_points`.
+    `num_nearest` + `window` keys, at the cost of sorting. See `content_points`. A found key at its
+    place has as large a weight as all of the window.
 
     Attributes:
       num_lines: of each head.
@@ -140,7 +141,7 @@ class Content(Pattern):
             inside = (found[..., 0] >= first) & (found[..., 0] <= last)
             weights = jnp.where(inside, 0, weights)
         zeros = jnp.zeros_like(weights[..., :1])
-        seen = zeros + seen[None, None].astype(weights.dtype)
+        seen = zeros + seen[None, None].astype(weights.dtype) / self.window
         near = zeros.astype(near.dtype) + near[None, None]
         columns = jnp.concatenate([near, found[..., 0]], -1)
         weights = jnp.concatenate([seen, weights], -1)
