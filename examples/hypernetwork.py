@@ -1,8 +1,5 @@
 """A layer that computes its own sparse matrix from its input: it learns to cut out what is marked.
 
-The input is a smooth random signal and, one-hot, a place in it; wanted are the five samples from
-there on. A hypernetwork says where to read.
-
   python examples/hypernetwork.py
 """
 
@@ -13,16 +10,16 @@ from flax import nnx
 
 from hyperlayer_jax.nn import AdaptiveTuples, FreeTuples, HyperLayer, Sampler
 
-SIZE, CUT, BATCH = 32, 5, 64
+SIZE, CUT = 32, 5
 
 
 def example(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Signals and places [BATCH, 2, SIZE], and what is marked [BATCH, CUT]."""
-    noise = jax.random.normal(key, (BATCH, SIZE + 8))
+    """Smooth signals and, one-hot, places [64, 2, SIZE]; the samples from there on [64, CUT]."""
+    noise = jax.random.normal(key, (64, SIZE + 8))
     signals = sum(noise[:, i : i + SIZE] for i in range(8)) / 8**0.5
-    places = jax.random.randint(jax.random.fold_in(key, 0), (BATCH,), 0, SIZE - CUT + 1)
-    cut = jax.vmap(lambda x, place: jax.lax.dynamic_slice(x, (place,), (CUT,)))
-    return jnp.stack([signals, jax.nn.one_hot(places, SIZE)], 1), cut(signals, places)
+    places = jax.random.randint(jax.random.fold_in(key, 0), (64,), 0, SIZE - CUT + 1)
+    marked = jnp.take_along_axis(signals, places[:, None] + jnp.arange(CUT), 1)
+    return jnp.stack([signals, jax.nn.one_hot(places, SIZE)], 1), marked
 
 
 def train(model: nnx.Module, steps: int, penalty=lambda model, x: 0.0) -> float:
@@ -30,11 +27,12 @@ def train(model: nnx.Module, steps: int, penalty=lambda model, x: 0.0) -> float:
     optimizer = optax.adam(optax.cosine_decay_schedule(0.01, steps))
     optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
+    def loss(model, x, y):
+        return ((model(x) - y) ** 2).mean() + penalty(model, x)
+
     @nnx.jit
     def step(model, optimizer, key):
-        x, y = example(key)
-        loss = lambda model: ((model(x) - y) ** 2).mean() + penalty(model, x)  # noqa: E731
-        optimizer.update(model, nnx.grad(loss)(model))
+        optimizer.update(model, nnx.grad(loss)(model, *example(key)))
 
     for key in jax.random.split(jax.random.key(1), steps):
         step(model, optimizer, key)

@@ -221,7 +221,7 @@ AIM = {"glimpse_size": 4}
         *(
             pytest.param(*models, marks=pytest.mark.slow)
             for models in (
-                ("find", FIND | {"use": "average", "head": "conv", "start_canvas": 8}),
+                ("find", FIND | {"use": "average", "head": "conv"}),
                 ("attention", FIND),
                 ("topk", FIND),
                 ("argmax", FIND),
@@ -259,7 +259,6 @@ def test_every_model_trains_for_a_step(model, flags, monkeypatch, tmp_path):
         ({"canvas": 97}, "--coarseness must divide --canvas=97"),
         ({"canvas": 12}, "--canvas must be at least --digit_size=14"),
         ({"eval_canvas": 12}, "--eval_canvas must be at least --digit_size=14"),
-        ({"start_canvas": 31}, "--coarseness must divide --start_canvas=31"),
         ({"scored": 7}, "--scored must be at least --candidates"),
         ({"anywhere": 9}, "--anywhere must be at most --candidates=8"),
         ({"patch_size": 15}, "--patch_size must be at most --digit_size=14"),

@@ -22,7 +22,7 @@ import optax
 from flax import nnx
 
 from hyperlayer_jax.nn import FindingGlimpses, reinforce_loss
-from train import canvases, data, devices, glimpse_figures, launcher, loop, runs
+from train import canvases, data, devices, glimpse_figures, launcher, loop, runs, updates
 from train.finding import Finder, overview, whole_squares
 from train.glimpse_models import ConvClassifier, GlimpseClassifier, PoolClassifier
 from train.searches import AttentionSampling, SoftArgmax, TopK
@@ -96,7 +96,10 @@ class Config(canvases.Config):
         only={"model": _SAMPLED},
     )
     region: int = launcher.flag(
-        5, "Rows and columns of the region.", minimum=1, only={"model": _SAMPLED}
+        5,
+        "Rows and columns of the region.",
+        minimum=1,
+        only={"model": _SAMPLED, "num_local": bool},
     )
     sigma_scale: float = launcher.flag(
         0.03, "First sigma, in canvases, over log 2.", above=0, only={"model": _SAMPLED}
@@ -105,12 +108,6 @@ class Config(canvases.Config):
         0.0, "Smallest sigma, in pixels.", minimum=0.0, only={"model": _SAMPLED}
     )
     coarseness: int = launcher.flag(6, "Pixels averaged along each axis to decide.", minimum=1)
-    start_canvas: int = launcher.flag(
-        0,
-        "Rows and columns of the canvases of the first half of the steps; all alike where 0.",
-        minimum=0,
-        only={"model": (*_SCORING, "pool")},
-    )
     eval_canvas: int = launcher.flag(
         0, "Rows and columns of the canvases to test on; as in training where 0.", minimum=0,
         only={"model": (*_SCORING, "pool")}, fixed=False,
@@ -127,10 +124,12 @@ class Config(canvases.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("canvas", "start_canvas", "eval_canvas"):
+        if self.canvas % self.coarseness:
+            raise ValueError(
+                f"--coarseness must divide --canvas={self.canvas}, got {self.coarseness}"
+            )
+        for name in ("canvas", "eval_canvas"):
             size = getattr(self, name)
-            if size % self.coarseness and name != "eval_canvas":
-                raise ValueError(f"--coarseness must divide --{name}={size}, got {self.coarseness}")
             if 0 < size < self.digit_size:
                 raise ValueError(
                     f"--{name} must be at least --digit_size={self.digit_size}, got {size}"
@@ -176,21 +175,11 @@ def make_model(config: Config, channels: int) -> nnx.Module:
     return Finder(config, channels, search, use, rngs)
 
 
-def loss_fn(config: Config, model: nnx.Module, key: jax.Array, step: jax.Array, split: data.Split):
+def loss_fn(config: Config, model: nnx.Module, key: jax.Array, split: data.Split):
     """Cross-entropy on fresh canvases, and what baselines need besides."""
-    if not config.start_canvas:
-        return _loss(config, config.size, model, key, split)
-    # Pieces are as dense on small canvases as on large ones.
-    part = (config.start_canvas / config.canvas) ** 2
-    small = canvases.Size(config.start_canvas, math.ceil(part * config.num_patches))
-    losses = [functools.partial(_loss, config, size) for size in (small, config.size)]
-    return nnx.cond(step < config.steps // 2, *losses, model, key, split)
-
-
-def _loss(config, size, model, key, split):
     digit_key, canvas_key = jax.random.split(key)
     chosen = jax.random.randint(digit_key, (config.batch_size,), 0, len(split.labels))
-    images = canvases.draw(config, canvas_key, split, chosen, size=size, augment=True)
+    images = canvases.draw(config, canvas_key, split, chosen, augment=True)
     logits, glimpses = model(devices.shard(images))
     labels = split.labels[chosen]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -222,9 +211,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         )
         return {"validation_error": error, **glimpse_figures.look(model, shown())}
 
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, min(500, config.steps // 10), config.steps
-    )
+    schedule = updates.warmup_cosine(config.learning_rate, config.steps, warmup=500)
     trained = loop.train(
         loop.build(make_model, config, channels),
         optax.adam(schedule),
