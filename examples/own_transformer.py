@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hyperlayer_jax.nn import Sampler, SparseSelfAttention, patterns, shorten_steps
+from hyperlayer_jax.nn import SparseSelfAttention, patterns, shorten_steps
 
 
 class Model(nnx.Module):
     def __init__(self, pattern: patterns.Pattern, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(16, 32, rngs=rngs)
-        options = {"sampler": Sampler(num_global=8, region=8, rngs=rngs), "rngs": rngs}
-        self.attention = SparseSelfAttention(32, 2, 72, pattern=pattern, rotary=False, **options)
+        self.attention = SparseSelfAttention(32, 2, 72, pattern=pattern, rotary=False, rngs=rngs)
         self.logits = nnx.Linear(32, 16, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -45,14 +44,14 @@ def train_step(model: Model, optimizer: nnx.Optimizer, key: jax.Array) -> None:
 def main(steps: int = 300) -> dict[str, float]:
     """Trains both, and returns the cross-entropies on new sequences."""
     figures = {}
-    for pattern in (patterns.Static(num_tuples=2), patterns.Window(window=8)):
+    for pattern in (patterns.Static(), patterns.Window(window=8)):
         model, name = Model(pattern, rngs=nnx.Rngs(0)), type(pattern).__name__
         adam = optax.chain(optax.adam(0.01), optax.stateless(shorten_steps(model)))
         optimizer = nnx.Optimizer(model, adam, wrt=nnx.Param)
         for key in jax.random.split(jax.random.key(1), steps):
             train_step(model, optimizer, key)
         figures[name] = float(errors(nnx.view(model, deterministic=True), jax.random.key(2)))
-        print(f"{name}: {figures[name]:.2f} nats a token, .57 at best, 2.77 by guessing")
+        print(f"{name}: {figures[name]:.2f} nats a token; .57 knowing the rule, 2.77 guessing")
     return figures
 
 
