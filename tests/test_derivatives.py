@@ -53,6 +53,10 @@ def attention_case(pattern, length):
 CASES = {
     "transform_means": (lambda x: hl.transform_means(x, SHAPE), (drawn(2, 3, 2),)),
     "transform_sigmas": (lambda x: hl.transform_sigmas(x, SHAPE), (drawn(2, 3),)),
+    "box_means": (lambda x: hl.box_means(x / 4, (3, 2), (9, 8)), (drawn(2, 4),)),
+    "quad_means": (lambda x: hl.quad_means(x / 4, (3, 2), (9, 8)), (drawn(2, 2, 2, 2),)),
+    "affine_means": (lambda x: hl.affine_means(x / 4, (3, 2), (9, 8)), (drawn(2, 2, 3),)),
+    "bilinear": (lambda x: hl.bilinear(3.5 + x / 4, (9, 8))[1], (drawn(2, 5, 2),)),
     "redistribute": (lambda t: hl.redistribute(POINTS, t), (TUPLES,)),
     "redistribute of one tuple": (
         lambda t: hl.redistribute(POINTS, t),
