@@ -18,6 +18,8 @@ from hyperlayer_jax.lift import lift, reshape
 
 # Squares of distances in sigmas must be finite.
 _MIN_SIGMA, _MAX_DISTANCE = 1e-6, 1e12
+# The places of a tree over more keys, a power of two of them, would not be counted by int32.
+_MAX_KEYS = 2**30
 
 
 def content_points(
@@ -127,6 +129,8 @@ def nearest_keys(
     checks.check_float("means", means, 1, "[*B, t]")
     count = checks.check_count("count", count)
     leading, size = coordinates.shape[:-1], coordinates.shape[-1]
+    if size > _MAX_KEYS:
+        raise ValueError(f"coordinates: got {size} keys, want at most 2^30")
     if means.shape[:-1] != leading:
         raise ValueError(f"means: got shape {means.shape}, want {(*leading, 't')}")
     if mask is not None:

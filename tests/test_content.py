@@ -152,6 +152,10 @@ def test_wrong_inputs_are_named():
         hl.content_points(x, x, x[0, 0], num_nearest=2)
     with pytest.raises(ValueError, match=r"limits: got shape \(4,\), want \(5,\)"):
         hl.nearest_keys(x[..., 0], x[..., 0], 2, limits=jnp.zeros(4, jnp.int32))
+    with pytest.raises(ValueError, match=r"coordinates: got 1073741825 keys, want at most 2\^30"):
+        jax.eval_shape(
+            lambda c: hl.nearest_keys(c, c[:2], 2), jax.ShapeDtypeStruct((2**30 + 1,), jnp.float32)
+        )
     with pytest.raises(ValueError, match="num_nearest: got -1"):
         hl.content_points(x, x, x[:, 0], num_nearest=-1)
     with pytest.raises(ValueError, match=r"mask: got bool\[1, 5\], want bool\[2, 5\]"):
