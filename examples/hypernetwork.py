@@ -1,6 +1,6 @@
 """A layer that computes its own sparse matrix from its input: it learns to cut out what is marked.
 
-  python examples/hypernetwork.py
+python examples/hypernetwork.py
 """
 
 import jax

@@ -171,9 +171,10 @@ def test_a_layer_never_forms_its_weights():
     assert largest_array(layer, *layer_arguments(k)) <= 2**25 < k * m / 10 < 10**12 / 10
 
 
-@pytest.mark.parametrize(("fewer", "more"), [(10, 20), (80, 640)])
+@pytest.mark.parametrize(("fewer", "more"), [(10, 20), (160, 640)])
 def test_the_program_of_a_layer_does_not_grow_with_tuples(fewer, more):
-    # Copies among up to 256 points are found point by point, among more by hashing.
+    # Copies among up to 256 points are found point by point, among more by hashing; products of
+    # more than 1024 entries go in blocks.
     few, many = (program(layer, *layer_arguments(k)) for k in (fewer, more))
     assert len(few) == len(many)
 
