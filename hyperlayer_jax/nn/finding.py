@@ -125,10 +125,12 @@ class FindingGlimpses(nnx.Module):
             corners = jnp.take_along_axis(cells, chosen[..., None], -2)
         offsets, raw_sigmas = of_cells[..., 1:3], of_cells[..., 3:]
         shape = images.shape[-3:-1]
-        size = np.float32(np.divide(shape, (rows, columns)))
+        size = np.divide(shape, (rows, columns))
         place = corners.astype(jnp.float32) + 0.5 + jnp.tanh(offsets) / 2
-        centres = transform_means(place * _expanded(size, place) - 0.5, shape, method="clip")
-        sigmas = jax.nn.softplus(raw_sigmas) * _expanded(self.sigma_scale * size, place)
+        centres = transform_means(
+            place * _expanded(np.float32(size), place) - 0.5, shape, method="clip"
+        )
+        sigmas = jax.nn.softplus(raw_sigmas) * _expanded(np.float32(self.sigma_scale * size), place)
         sigmas = sigmas + self.min_sigma
         tuples = IndexTuples(centres[..., None, :], sigmas[..., None, :], jnp.ones_like(raw_sigmas))
         points, values = self.sampler(tuples, shape, implementation=self.implementation)
