@@ -1,8 +1,6 @@
 """A layer that computes its own sparse matrix from its input: it learns to cut out what is marked.
 
-The baseline is a dense network, trained for as many steps.
-
-  python examples/hypernetwork.py
+python examples/hypernetwork.py
 """
 
 import jax
