@@ -17,7 +17,9 @@ from hyperlayer_jax.kernels import accumulator
 from hyperlayer_jax.lift import lift, reshape
 
 # Squares of distances in sigmas must be finite.
-_MIN_SIGMA = 1e-6
+_MIN_SIGMA, _MAX_DISTANCE = 1e-6, 1e12
+# The places of a tree over more keys, a power of two of them, would not be counted by int32.
+_MAX_KEYS = 2**30
 
 
 def content_points(
@@ -59,9 +61,15 @@ def content_points(
     checks.check_float("sigmas", sigmas, 1, "[*B, l]")
     if sigmas.shape != (*leading, lines):
         raise ValueError(f"sigmas: got shape {sigmas.shape}, want {(*leading, lines)}")
+    num_nearest = checks.check_count("num_nearest", num_nearest)
+    if mask is not None:
+        checks.check_mask("mask", mask, (*leading, size))
+        mask = jnp.broadcast_to(mask[..., None, :], (*leading, lines, size))
     dtype = accumulator(coordinates.dtype)
     coordinates, means, sigmas = (x.astype(dtype) for x in (coordinates, means, sigmas))
-    mask = None if mask is None else jnp.broadcast_to(mask[..., None, :], (*leading, lines, size))
+    if size == 0:
+        shape = *means.shape[:-1], lines * num_nearest
+        return jnp.zeros((*shape, 1), jnp.int32), jnp.zeros(shape, dtype)
     nearest = nearest_keys(
         jnp.moveaxis(coordinates, -1, -2),
         jnp.moveaxis(means, -1, -2),
@@ -79,7 +87,9 @@ def content_points(
 def _densities(coordinates, means, sigmas, indices):
     """The products of densities of the keys at `indices`, 0 for copies and where there is none."""
     found = _at(coordinates, jnp.maximum(indices, 0))
-    z = (found - means[:, None]) / jnp.maximum(sigmas, _MIN_SIGMA)[None, None]
+    distances = jnp.where((indices < 0)[..., None], 0, found - means[:, None])
+    distances = jnp.clip(distances, -_MAX_DISTANCE, _MAX_DISTANCE)
+    z = distances / jnp.maximum(sigmas, _MIN_SIGMA)[None, None]
     weights = jnp.exp(-jnp.log1p(z**2).sum(-1))
     earlier = jnp.tril(jnp.ones((indices.shape[-1],) * 2, bool), -1)
     copies = ((indices[:, :, None] == indices[:, None]) & earlier[None]).any(-1)
@@ -119,13 +129,17 @@ def nearest_keys(
     checks.check_float("means", means, 1, "[*B, t]")
     count = checks.check_count("count", count)
     leading, size = coordinates.shape[:-1], coordinates.shape[-1]
+    if size > _MAX_KEYS:
+        raise ValueError(f"coordinates: got {size} keys, want at most 2^30")
     if means.shape[:-1] != leading:
         raise ValueError(f"means: got shape {means.shape}, want {(*leading, 't')}")
     if mask is not None:
         checks.check_mask("mask", mask, coordinates.shape)
-        coordinates = jnp.where(mask, coordinates, jnp.inf)
+        # Sorting puts NaN last: what does not exist behind what is infinite, or not a number.
+        last = jnp.where(jnp.isnan(coordinates), jnp.inf, coordinates)
+        coordinates = jnp.where(mask, last, jnp.nan)
     if size == 0:
-        return jnp.full((*means.shape, count), -1)
+        return jnp.full((*means.shape, count), -1, jnp.int32)
     exists = jnp.ones(coordinates.shape, bool) if mask is None else mask
     if limits is None:
         search = lift("(s),(s),(t)->(t,p)")(functools.partial(_among_all, count))

@@ -109,6 +109,8 @@ def bilinear(means: jax.Array, shape: Sequence[int]) -> tuple[jax.Array, jax.Arr
       ValueError: an argument has the wrong shape or dtype.
     """
     checks.check_float("means", means, 2, "[*B, n, 2]")
+    if means.shape[-1] != 2:
+        raise ValueError(f"means: got shape {means.shape}, want [*B, n, 2]")
     shape = checks.check_shape("shape", shape, 2)
     last = last_indices(shape, means.dtype).reshape((1,) * (means.ndim - 1) + (2,))
     low = jax.lax.stop_gradient(jnp.clip(jnp.floor(means), 0, np.maximum(last - 1, 0)))

@@ -9,6 +9,7 @@ from laws import assert_close, assert_equal, assert_finite, largest_array
 
 import hyperlayer_jax as hl
 from hyperlayer_jax.nn import SparseSelfAttention
+from hyperlayer_jax.nn.content import Lines
 
 find = jax.jit(hl.nearest_keys, static_argnums=2)
 
@@ -71,7 +72,26 @@ def test_a_weight_is_the_product_of_densities_and_a_key_has_one():
         assert (weights[b, i] > 0).sum() == len(keys)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1e15])
+def test_keys_that_a_mask_hides_reach_nothing():
+    """Nor do they come before keys that are infinite, or not a number."""
+    coordinates, means, mask = jnp.ones((1, 3, 2)), jnp.zeros((1, 2, 2)), jnp.ones((1, 3), bool)
+    mask = mask.at[:, 0].set(False)
+
+    @jax.jit
+    def run(coordinates):
+        def total(*floats):
+            return hl.content_points(*floats, num_nearest=4, mask=mask)[1].sum()
+
+        return jax.value_and_grad(total, (0, 1, 2))(coordinates, means, jnp.ones((1, 2)))
+
+    assert_equal(run(coordinates.at[:, 0].set(jnp.nan)), run(coordinates))
+    keys, limits = jnp.asarray([0, 1, jnp.nan, jnp.inf]), jnp.full(1, 4, jnp.int32)
+    mask = jnp.asarray([False, True, True, True])
+    for options in ({}, {"limits": limits}):
+        assert_equal(find(keys, jnp.zeros(1), 4, mask=mask, **options), [[1, 2, 3, -1]])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e35])
 def test_weights_and_gradients_are_finite(scale):
     """Where sigmas are 0, all coordinates alike or far apart, and no key exists."""
     coordinates = scale * jnp.arange(10.0).reshape(1, 5, 2)
@@ -101,6 +121,29 @@ def test_nothing_grows_with_the_square_of_the_length():
     assert largest(1024) <= 2.1 * largest(512)
 
 
+def test_the_same_tokens_are_alike_however_they_are_cut():
+    """A product with one token rounds differently from one with all."""
+    table = np.random.default_rng(0).normal(size=(12, 64)).astype(np.float32)
+    x = jnp.asarray(table[np.random.default_rng(1).integers(0, 12, (1, 64))])
+    lines = Lines(64, 4, 4, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(lines)
+    of = jax.jit(lambda x: nnx.merge(graphdef, state).means(x))
+    alone = [of(x[:, i : i + 1]) for i in range(x.shape[1])]
+    assert_equal(jnp.concatenate(alone, 2), of(x))
+
+
+def test_no_two_parameters_are_one_array():
+    """They could not be donated."""
+    params = jax.tree.leaves(nnx.state(Lines(8, 2, 2, rngs=nnx.Rngs(0)), nnx.Param))
+    assert len({x.unsafe_buffer_pointer() for x in params}) == len(params)
+
+
+def test_without_keys_there_are_no_points():
+    keys, means = jnp.zeros((2, 0, 3)), jnp.zeros((2, 5, 3))
+    indices, weights = hl.content_points(keys, means, jnp.ones((2, 3)), num_nearest=2)
+    assert indices.shape == (2, 5, 6, 1) and not weights.any()
+
+
 def test_wrong_inputs_are_named():
     x = jnp.zeros((2, 5, 3))
     with pytest.raises(ValueError, match=r"means: got shape \(2, 5, 2\), want \(2, 't', 3\)"):
@@ -109,5 +152,13 @@ def test_wrong_inputs_are_named():
         hl.content_points(x, x, x[0, 0], num_nearest=2)
     with pytest.raises(ValueError, match=r"limits: got shape \(4,\), want \(5,\)"):
         hl.nearest_keys(x[..., 0], x[..., 0], 2, limits=jnp.zeros(4, jnp.int32))
+    with pytest.raises(ValueError, match=r"coordinates: got 1073741825 keys, want at most 2\^30"):
+        jax.eval_shape(
+            lambda c: hl.nearest_keys(c, c[:2], 2), jax.ShapeDtypeStruct((2**30 + 1,), jnp.float32)
+        )
+    with pytest.raises(ValueError, match="num_nearest: got -1"):
+        hl.content_points(x, x, x[:, 0], num_nearest=-1)
+    with pytest.raises(ValueError, match=r"mask: got bool\[1, 5\], want bool\[2, 5\]"):
+        hl.content_points(x, x, x[:, 0], num_nearest=2, mask=jnp.ones((1, 5), bool))
     with pytest.raises(ValueError, match="mask"):
         hl.nearest_keys(x[..., 0], x[..., 0], 2, mask=jnp.ones((2, 4), bool))

@@ -149,6 +149,17 @@ def test_half_precision_images_keep_their_dtype_and_exact_means():
     images, maps = example(2)
     seen = call(find(), images.astype(jnp.bfloat16), maps.astype(jnp.bfloat16))
     assert seen.patches.dtype == jnp.bfloat16 and seen.means.dtype == jnp.float32
+    for weigh in (nn.mixture, nn.average):
+        assert weigh(seen, seen.patches[:, :, 0, :, 0]).dtype == jnp.float32
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_float64_is_what_jax_makes_of_it():
+    model, arrays = nnx.view(find(), deterministic=True), example(2)
+    wide = [np.asarray(x, np.float64) for x in arrays]
+    np.testing.assert_array_equal(model(*wide).patches, model(*arrays).patches)
+    with jax.enable_x64(True):
+        assert model(*arrays).means.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -166,6 +177,14 @@ def test_half_precision_images_keep_their_dtype_and_exact_means():
             "grid_shape: got",
         ),
         (lambda: nnx.view(find(), num_candidates=0), "num_candidates: got 0"),
+        (
+            lambda: nnx.view(find(num_anywhere=2), num_candidates=1)(*example(2)),
+            "num_candidates: got 1, want at least num_anywhere=2",
+        ),
+        (
+            lambda: nn.mixture(find()(*example(2)), jnp.ones((2, 4, 5), jnp.int32)),
+            "logits: got int32",
+        ),
         (lambda: nn.mixture(find()(*example(2)), jnp.ones((2, 3, 5))), "logits: got"),
         (
             lambda: nn.average(nn.Glimpses(*[jnp.ones((2, 4))] * 3), jnp.ones((2, 4, 1))),

@@ -93,6 +93,14 @@ def test_glimpses_without_points_are_means_of_four_neighbours():
         np.testing.assert_allclose(seen.patches[b, g, i, j], want, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_images_of_numpy_are_what_jax_makes_of_them():
+    images, features = np.random.default_rng(0).random((2, 16, 12, 1)), np.ones((2, 6))
+    model = nnx.view(attend(), deterministic=True)
+    want = call(model, jnp.asarray(images), jnp.asarray(features)).patches
+    np.testing.assert_allclose(model(images, features).patches, want, atol=1e-6)
+
+
 def test_deterministic_glimpses_draw_nothing():
     images = jax.random.uniform(jax.random.key(0), (2, 16, 12, 1))
     features = 5 * jax.random.normal(jax.random.key(1), (2, 6))
@@ -178,6 +186,11 @@ def reinforce(num_glimpses=2, **arguments):
     return nn.ReinforceGlimpses(6, (4, 5), num_glimpses, rngs=nnx.Rngs(0), **arguments)
 
 
+def reinforced(reward):
+    seen = reinforce()(jnp.ones((2, 8, 8, 1)), jnp.ones((2, 6)))
+    return nn.reinforce_loss(seen, reward)
+
+
 def unlikely():
     return reinforce(deterministic=True)(jnp.ones((2, 8, 8, 1)), jnp.ones((2, 6)))
 
@@ -186,12 +199,15 @@ def unlikely():
     ("call", "message"),
     [
         (lambda: attend("circle"), "shape: got 'circle'"),
+        (lambda: attend(sigma_scale=0.0), "sigma_scale: got 0.0"),
         (lambda: attend(initial_size=1.0), "initial_size: got 1.0"),
         (lambda: nn.SpatialTransformer(6, (4, 5), 0, rngs=nnx.Rngs(0)), "num_glimpses: got 0"),
         (lambda: reinforce(num_glimpses=0), "num_glimpses: got 0"),
         (lambda: reinforce(policy_sigma=0.0), "policy_sigma: got 0.0"),
         (lambda: nn.reinforce_loss(unlikely(), jnp.ones(2)), "glimpses: got those of a determ"),
         (lambda: attend()(jnp.ones((2, 8, 8, 1)), jnp.ones((3, 6))), "features: got shape"),
+        (lambda: attend()(jnp.ones((2, 8, 8, 1)), jnp.ones((2, 5))), r"want \[\*B, 6\]"),
+        (lambda: reinforced(jnp.ones((2, 1))), r"reward: got shape \(2, 1\)"),
         (lambda: attend()(jnp.ones((8, 8)), jnp.ones(6)), "images: got shape"),
     ],
 )

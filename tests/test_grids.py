@@ -113,6 +113,7 @@ def test_bilinear_reading_is_that_of_scipy(shape):
     [
         (lambda: box_means(jnp.ones((2, 5)), (3, 3), (9, 9)), r"boxes: got shape \(2, 5\)"),
         (lambda: quad_means(jnp.ones((2, 2, 2)), (3,), (9, 9)), r"glimpse_shape: got \(3,\)"),
+        (lambda: bilinear(jnp.ones((4, 3)), (9, 9)), r"means: got shape \(4, 3\)"),
         (lambda: affine_means(jnp.ones((2, 3), int), (3, 3), (9, 9)), "matrices: got int32"),
     ],
 )

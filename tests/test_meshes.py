@@ -35,7 +35,9 @@ MODULES = {
     "glimpses": lambda rngs: nn.GlimpseAttention(
         6, (3, 3), 1, sampler=nn.Sampler(num_global=1, num_local=0, rngs=rngs), rngs=rngs
     ),
-    "finding": lambda rngs: nn.FindingGlimpses((3, 3), 2, num_anywhere=1, rngs=rngs),
+    "finding": lambda rngs: nn.FindingGlimpses(
+        (3, 3), 2, num_anywhere=1, sigma_scale=1.0, rngs=rngs
+    ),
     "sort": lambda rngs: nn.SoftQuicksort(num_samples=2, certainty=3.0, rngs=rngs),
 }
 

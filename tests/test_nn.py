@@ -15,6 +15,7 @@ from laws import FLOATS, assert_close, assert_equal, call, random_tuples
 
 import hyperlayer_jax as hl
 from hyperlayer_jax import nn
+from hyperlayer_jax.nn.inputs import SparseInputs
 from hyperlayer_jax.nn.linear import TokenLinear
 
 OUT, IN = (3, 2), (4,)
@@ -260,6 +261,16 @@ def test_sparse_inputs_are_dense_ones_written_out(by_output, looks):
     gradient = np.einsum("bco,bcij->oij", dy, np.asarray(dense(values)))
     places = np.moveaxis(places[there].astype(int), -1, 0)
     assert_close(sizes[there], np.abs(gradient[tuple(places)]))
+
+
+def test_an_absent_entry_is_no_candidate():
+    """By its number it would be some place, and what is there must not be read."""
+    indices, nan = jnp.array([[[1], [4]], [[2], [-1]]], jnp.int32), float("nan")
+    inputs = SparseInputs.of(
+        hl.RowSparseTensor(indices, jnp.array([[1, nan], [2, nan]], jnp.float32), (2,), (4,))
+    )
+    which, rows = inputs.read(inputs.names(jnp.arange(4, dtype=jnp.int32)))
+    assert_equal(rows[which], [[1, 0], [0, 2], [0, 0], [0, 0]])
 
 
 def hyperlayer(rngs):

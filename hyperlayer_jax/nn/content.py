@@ -15,6 +15,9 @@ from hyperlayer_jax.types import RowSparseTensor
 
 # Tokens at first lie about 1 apart.
 _FIRST_SIGMA, _MIN_SIGMA = 0.4, 0.02
+# Coordinates are multiples of this. So the same tokens are alike, though a matrix product of other
+# tokens, as of one with a cache, rounds differently.
+_GRID = 2.0**-12
 
 
 class Lines(nnx.Module):
@@ -39,7 +42,8 @@ class Lines(nnx.Module):
         zeros = nnx.initializers.zeros
         self.mean_proj = TokenLinear(*sizes, use_bias=False, rngs=rngs)
         self.before_proj = TokenLinear(*sizes, use_bias=False, kernel_init=zeros, rngs=rngs)
-        self.before_proj.kernel[...] = self.mean_proj.kernel[...]
+        # A copy: one array for two parameters cannot be donated.
+        self.before_proj.kernel[...] = jnp.array(self.mean_proj.kernel[...])
         self.own_proj = TokenLinear(*sizes, use_bias=False, kernel_init=zeros, rngs=rngs)
         raw = np.full((num_heads, num_lines), np.log(np.expm1(_FIRST_SIGMA)), np.float32)
         self.raw_sigmas = nnx.Param(jnp.asarray(raw))
@@ -73,6 +77,7 @@ class Lines(nnx.Module):
 
     def _by_head(self, proj, x):
         lines = proj(x.astype(jnp.float32))
+        lines = lines + jax.lax.stop_gradient(jnp.round(lines / _GRID) * _GRID - lines)
         return jnp.moveaxis(lines.reshape(*x.shape[:2], self.num_heads, self.num_lines), 2, 1)
 
 
@@ -109,7 +114,7 @@ class Content(Pattern):
     def init_cache(self, layer, keys):
         """Coordinates of all tokens, and what the last one says of its successor."""
         shape = keys.shape[0], layer.positions.num_heads, keys.shape[1], self.num_lines
-        coordinates = jnp.zeros(shape)
+        coordinates = jnp.zeros(shape, jnp.float32)
         return coordinates, coordinates[:, :, :1]
 
     def extend(self, layer, tokens, keys, values, state):

@@ -8,9 +8,10 @@ import numpy as np
 from flax import nnx
 
 from hyperlayer_jax import checks
-from hyperlayer_jax.kernels import serving
+from hyperlayer_jax.kernels import accumulator, serving
 from hyperlayer_jax.nn.glimpse import Glimpses, read
 from hyperlayer_jax.nn.sampler import Sampler, stream
+from hyperlayer_jax.nn.tuples import check_sigmas
 from hyperlayer_jax.transforms import transform_means
 from hyperlayer_jax.types import IndexTuples
 
@@ -69,10 +70,7 @@ class FindingGlimpses(nnx.Module):
             raise ValueError(
                 f"num_anywhere: got {num_anywhere}, want at most num_candidates={num_candidates}"
             )
-        if not sigma_scale > 0:
-            raise ValueError(f"sigma_scale: got {sigma_scale}, want > 0")
-        if not min_sigma >= 0:
-            raise ValueError(f"min_sigma: got {min_sigma}, want >= 0")
+        check_sigmas(sigma_scale, min_sigma)
         self.sigma_scale = sigma_scale
         self.min_sigma = min_sigma
         self.implementation = implementation
@@ -106,6 +104,7 @@ class FindingGlimpses(nnx.Module):
         Raises:
           ValueError: an argument has the wrong shape or dtype, or there are fewer cells than k.
         """
+        images, maps, cells = checks.as_arrays((images, maps, cells))
         if cells is None:
             checks.check_float("maps", maps, 3, "[*B, h, w, 4]")
             *leading, rows, columns, _ = maps.shape
@@ -126,10 +125,12 @@ class FindingGlimpses(nnx.Module):
             corners = jnp.take_along_axis(cells, chosen[..., None], -2)
         offsets, raw_sigmas = of_cells[..., 1:3], of_cells[..., 3:]
         shape = images.shape[-3:-1]
-        size = np.array(shape, np.float32) / (rows, columns)
+        size = np.divide(shape, (rows, columns))
         place = corners.astype(jnp.float32) + 0.5 + jnp.tanh(offsets) / 2
-        centres = transform_means(place * _expanded(size, place) - 0.5, shape, method="clip")
-        sigmas = jax.nn.softplus(raw_sigmas) * _expanded(self.sigma_scale * size, place)
+        centres = transform_means(
+            place * _expanded(np.float32(size), place) - 0.5, shape, method="clip"
+        )
+        sigmas = jax.nn.softplus(raw_sigmas) * _expanded(np.float32(self.sigma_scale * size), place)
         sigmas = sigmas + self.min_sigma
         tuples = IndexTuples(centres[..., None, :], sigmas[..., None, :], jnp.ones_like(raw_sigmas))
         points, values = self.sampler(tuples, shape, implementation=self.implementation)
@@ -158,6 +159,11 @@ class FindingGlimpses(nnx.Module):
             return jax.lax.top_k(scores, self.num_candidates)[1]
         led_key, anywhere_key = jax.random.split(self.rngs())
         num_led = self.num_candidates - self.num_anywhere
+        if num_led < 0:
+            raise ValueError(
+                f"num_candidates: got {self.num_candidates}, want at least num_anywhere="
+                f"{self.num_anywhere} where not deterministic"
+            )
         led = jax.lax.top_k(scores + jax.random.gumbel(led_key, scores.shape), num_led)[1]
         order = jax.random.uniform(anywhere_key, scores.shape)
         cells = np.expand_dims(np.arange(scores.shape[-1]), (*range(scores.ndim - 1), -1))
@@ -172,7 +178,7 @@ class FindingGlimpses(nnx.Module):
         """Called by `nnx.view`.
 
         Args:
-          num_candidates: how many cells are read.
+          num_candidates: how many cells are read; in training at least `num_anywhere`.
         """
         if num_candidates is not None:
             self.num_candidates = _check_candidates(num_candidates)
@@ -186,14 +192,13 @@ def mixture(glimpses: Glimpses, logits: jax.Array) -> jax.Array:
       logits: float [*B, k, n], of what was read in each.
 
     Returns:
-      Log probabilities [*B, n].
+      Log probabilities [*B, n], in float32 at least.
 
     Raises:
-      ValueError: the glimpses have no chances, or logits the wrong shape.
+      ValueError: the glimpses have no chances, or logits the wrong shape or dtype.
     """
-    return jax.nn.logsumexp(
-        _chances(glimpses, "logits", logits) + jax.nn.log_softmax(logits), axis=-2
-    )
+    log_chances, logits = _of_chances(glimpses, "logits", logits)
+    return jax.nn.logsumexp(log_chances + jax.nn.log_softmax(logits), axis=-2)
 
 
 def average(glimpses: Glimpses, features: jax.Array) -> jax.Array:
@@ -204,20 +209,25 @@ def average(glimpses: Glimpses, features: jax.Array) -> jax.Array:
       features: float [*B, k, n].
 
     Returns:
-      [*B, n].
+      [*B, n], in float32 at least.
 
     Raises:
-      ValueError: the glimpses have no chances, or features the wrong shape.
+      ValueError: the glimpses have no chances, or features the wrong shape or dtype.
     """
-    return (jnp.exp(_chances(glimpses, "features", features)) * features).sum(-2)
+    log_chances, features = _of_chances(glimpses, "features", features)
+    return (jnp.exp(log_chances) * features).sum(-2)
 
 
-def _chances(glimpses, name, x):
+def _of_chances(glimpses, name, x):
+    """Log chances [*B, k, 1] of glimpses, and x [*B, k, n], of one dtype."""
     if glimpses.log_chances is None:
         raise ValueError("glimpses: got some without chances, want those of FindingGlimpses")
-    if x.ndim < 2 or x.shape[:-1] != glimpses.log_chances.shape:
+    x = checks.as_arrays(x)
+    checks.check_float(name, x, 2, "[*B, k, n]")
+    if x.shape[:-1] != glimpses.log_chances.shape:
         raise ValueError(f"{name}: got {x.shape}, want {glimpses.log_chances.shape} and an axis")
-    return glimpses.log_chances[..., None]
+    x = x.astype(accumulator(x.dtype))
+    return glimpses.log_chances[..., None].astype(x.dtype), x
 
 
 def _check_candidates(num_candidates):

@@ -14,6 +14,7 @@ from hyperlayer_jax import checks
 from hyperlayer_jax.grids import UNIT_CORNERS, affine_means, box_means, quad_means
 from hyperlayer_jax.kernels import serving
 from hyperlayer_jax.nn.sampler import Sampler
+from hyperlayer_jax.nn.tuples import check_sigmas
 from hyperlayer_jax.tensors import contract
 from hyperlayer_jax.transforms import transform_sigmas
 from hyperlayer_jax.types import IndexTuples, RowSparseTensor
@@ -152,6 +153,7 @@ class GlimpseAttention(nnx.Module):
             initial_size=initial_size,
             rngs=rngs,
         )
+        check_sigmas(sigma_scale, min_sigma)
         self.sigma_scale = sigma_scale
         self.min_sigma = min_sigma
         self.implementation = implementation
@@ -198,7 +200,7 @@ class Aim(nnx.Module):
 
     def __call__(self, images, features):
         """Returns means [*B, g, h, w, 2] and raw sigmas [*B, g], in float32."""
-        check_inputs(images, features)
+        check_inputs(images, features, self.linear.in_features)
         raw = self.linear(features.astype(jnp.float32)).reshape(
             *features.shape[:-1], *self.start.shape
         )
@@ -220,17 +222,18 @@ def rows_of(means):
 
 def read(images, indices, values, means, *, implementation=None):
     """Contracts images with one row of entries for each output pixel: [*B, g, h, w, C]."""
+    images = checks.as_arrays(images)
     tensor = RowSparseTensor(
         indices, values.astype(images.dtype), means.shape[-4:-1], images.shape[-3:-1]
     )
     return contract(tensor, images, implementation=implementation)
 
 
-def check_inputs(images, features):
+def check_inputs(images, features, num_features):
     checks.check_float("images", images, 3, "[*B, H, W, C]")
     checks.check_float("features", features, 1, "[*B, F]")
-    if images.shape[:-3] != features.shape[:-1]:
+    if features.shape != (*images.shape[:-3], num_features):
         raise ValueError(
-            f"features: got shape {features.shape}, want [*B, F] with the *B of the images, "
-            f"{images.shape}"
+            f"features: got shape {features.shape}, want [*B, {num_features}] with the *B of the "
+            f"images, {images.shape}"
         )

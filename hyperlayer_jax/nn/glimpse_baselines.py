@@ -104,7 +104,7 @@ class ReinforceGlimpses(nnx.Module):
 
     def __call__(self, images: jax.Array, features: jax.Array) -> Glimpses:
         """Reads images [*B, H, W, C] at full resolution, where features [*B, F] say."""
-        check_inputs(images, features)
+        check_inputs(images, features, self.policy.in_features)
         means = self.policy(features.astype(jnp.float32))
         drawn, log_prob, baseline = means, None, None
         if not self.deterministic:
@@ -150,10 +150,16 @@ def reinforce_loss(glimpses: Glimpses, reward: jax.Array) -> jax.Array:
       the baseline, both means over the batch.
 
     Raises:
-      ValueError: the glimpses are those of a deterministic view, which have no chances.
+      ValueError: the glimpses are those of a deterministic view, which have no chances, or the
+        reward has the wrong shape.
     """
     if glimpses.log_prob is None or glimpses.baseline is None:
         raise ValueError("glimpses: got those of a deterministic view, want those of training")
+    if jnp.shape(reward) != glimpses.log_prob.shape:
+        raise ValueError(
+            f"reward: got shape {jnp.shape(reward)}, want one for each image, "
+            f"{glimpses.log_prob.shape}"
+        )
     advantage = jax.lax.stop_gradient(reward) - glimpses.baseline
     policy_loss = -(glimpses.log_prob * jax.lax.stop_gradient(advantage)).mean()
     return policy_loss + (advantage**2).mean()

@@ -76,6 +76,7 @@ class SparseInputs(NamedTuple):
         order = jnp.sort(columns.ravel())
         slots = jnp.searchsorted(order, self.columns).astype(jnp.int32)
         there = jnp.take(order, slots, mode="clip") == self.columns
+        there &= self.columns != _ABSENT
         slots = jnp.where(there, slots, order.size)
         examples = jnp.arange(len(slots), dtype=jnp.int32)[:, None]
         rows = jnp.zeros((order.size, len(slots)), self.values.dtype)
