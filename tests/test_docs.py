@@ -72,7 +72,7 @@ def test_examples_run(path):
     with as_users_have_it():
         figures = runpy.run_path(str(path))["main"](steps=2)
     assert len(figures) >= 2 and all(math.isfinite(figure) for figure in figures.values())
-    assert f"\n  python examples/{path.name}\n" in path.read_text()
+    assert f"python examples/{path.name}\n" in path.read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
