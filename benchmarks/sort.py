@@ -172,7 +172,7 @@ def run(case: dict, protocol: Protocol, dataset: data.Dataset, temperature: floa
     with tempfile.TemporaryDirectory() as folder:
         trained = loop.train(
             model,
-            optax.adam(flags.FLAGS.learning_rate),
+            optax.adam(case["learning_rate"]),
             loss_fn,
             dataset.train,
             config=config,
@@ -257,6 +257,7 @@ def main(argv):
                         "size": size,
                         "seed": seed,
                         "steps": given.steps or protocol.steps,
+                        "learning_rate": given.learning_rate,
                         "factors": given.factors,
                     }
                     result = next((r for r in done if case.items() <= r.items()), None)
