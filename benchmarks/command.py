@@ -58,17 +58,17 @@ def define_choices(name: str, choices: Sequence[str], help: str) -> None:
 
 
 def define_numbers(
-    name: str, default: Sequence[float], help: str, *, kind: type, below: float
+    name: str, default: Sequence[float] | None, help: str, *, kind: type, below: float
 ) -> None:
     """Defines a flag that takes numbers above 0 and below a bound, with commas between."""
 
     def right(given):
         try:
-            return bool(given) and all(0 < kind(number) < below for number in given)
+            return given is None or (given and all(0 < kind(number) < below for number in given))
         except ValueError:
             return False
 
-    flags.DEFINE_list(name, [f"{number:g}" for number in default], help)
+    flags.DEFINE_list(name, default and [f"{number:g}" for number in default], help)
     what = "whole numbers" if kind is int else "numbers"
     flags.register_validator(name, right, f"want {what} above 0 and below {below:g}")
 

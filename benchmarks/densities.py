@@ -1,4 +1,4 @@
-"""Accuracy against density: layers that learn which of their weights exist, and all rivals.
+"""Accuracy against density: layers that learn which of their weights exist, and all baselines.
 
 Runs `python -m train.sparse` with every method at every density, ten minutes with the defaults, and
 writes what they return to `runs.jsonl`, and `accuracy.png`, in a folder:

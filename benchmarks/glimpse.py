@@ -108,7 +108,7 @@ def _find(size, scored):
 
 def _convolve(size):
     images = jax.random.uniform(jax.random.key(0), (_BATCH, size, size, 1))
-    graphdef, params = nnx.split(make_model(Config(model="pool", canvas=size, coarseness=1), 1))
+    graphdef, params = nnx.split(make_model(Config(model="pool", canvas=size), 1))
 
     def convolve(params, images):
         return nnx.merge(graphdef, params)(images)[0].mean()

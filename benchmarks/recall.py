@@ -8,7 +8,6 @@ keys chosen by the score of their mean, and all means, and a window, weighted by
   python -m benchmarks.recall --task=needle --patterns=content --length=256 --longest=16384
 """
 
-import argparse
 import functools
 import json
 import time
@@ -19,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import app, flags
 from flax import nnx
 
+from benchmarks import command
 from hyperlayer_jax import RowSparseTensor, sparse_attention
 from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM
 from hyperlayer_jax.nn.linear import TokenLinear
@@ -33,6 +34,7 @@ from train.transformer_config import NUM_TOKENS
 _WINDOW, _BLOCK, _CHOSEN = 16, 8, 2
 _AT_ONCE = 50
 _VALUES = NUM_TOKENS["recall"] // 2
+_PATTERNS = ("content", "dense", "window", "learned", "block", "topk")
 
 # Tokens [n, T] and the answers [n, a] to the last a of them.
 Draw = Callable[[jax.Array, int, int], tuple[jax.Array, jax.Array]]
@@ -115,14 +117,15 @@ def _pairs(share: float, key: jax.Array, count: int, length: int) -> tuple[jax.A
     return recall.examples(key, count, length=length, pairs=round(share * length))
 
 
-def fit(model: TransformerLM, draw: Draw, length: int, args: argparse.Namespace, seed: int) -> Any:
-    """Trains a model; returns its state."""
+def fit(model: TransformerLM, draw: Draw, *, seed: int) -> Any:
+    """Trains a model, as the flags say; returns its state."""
+    given = flags.FLAGS
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    rate = updates.warmup_cosine(args.learning_rate, args.steps, warmup=100)
+    rate = updates.warmup_cosine(given.learning_rate, given.steps, warmup=100)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
     def loss_fn(params, rest, key):
-        tokens, answers = draw(key, args.batch_size, length)
+        tokens, answers = draw(key, given.batch_size, given.length)
         model = nnx.merge(graphdef, params, rest, copy=True)
         logits = model(tokens)[:, -answers.shape[1] :]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, answers)
@@ -139,10 +142,10 @@ def fit(model: TransformerLM, draw: Draw, length: int, args: argparse.Namespace,
         return jax.lax.scan(step, carry, keys)
 
     carry = params, rest, optimizer.init(params)
-    for first in range(0, args.steps, _AT_ONCE):
+    for first in range(0, given.steps, _AT_ONCE):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), first), _AT_ONCE)
-        carry, losses = steps(carry, keys)
-        print(f"  step {first + _AT_ONCE}: loss {losses.mean():.4f}", flush=True)
+        carry, losses = steps(carry, keys[: given.steps - first])
+        print(f"  step {first + len(losses)}: loss {losses.mean():.4f}", flush=True)
     return nnx.merge_state(*carry[:2])
 
 
@@ -166,34 +169,47 @@ def accuracy(model: TransformerLM, state: Any, draw: Draw, length: int) -> dict[
     return {"accuracy": float(np.mean(right)), "us_per_token": cost}
 
 
-def main(args: argparse.Namespace) -> None:
+def main(argv):
     """Trains and tests models of all patterns and seeds."""
-    lengths = [args.length * 4**i for i in range(8) if args.length * 4**i <= args.longest]
-    pairs = functools.partial(_pairs, args.pairs / args.length)
-    draw, rows = needle if args.task == "needle" else pairs, []
-    for pattern in args.patterns.split(","):
-        for seed in map(int, args.seeds.split(",")):
-            make = functools.partial(make_model, pattern, args.features, args.heads, seed=seed)
-            model = make(args.length)
-            state = fit(model, draw, args.length, args, seed)
+    del argv
+    given, cases = flags.FLAGS, []
+    lengths = [given.length * 4**i for i in range(8) if given.length * 4**i <= given.longest]
+    if not lengths:
+        raise app.UsageError(f"--longest: want at least --length={given.length}")
+    share = given.pairs / given.length
+    if given.task == "recall" and not (share < 0.5 and share * lengths[-1] <= _VALUES):
+        raise app.UsageError(
+            f"--pairs: got {given.pairs}, want less than half of --length={given.length}, and no "
+            f"more than {_VALUES} in {lengths[-1]} tokens"
+        )
+    draw = needle if given.task == "needle" else functools.partial(_pairs, share)
+    for pattern in given.patterns:
+        for seed in range(given.seed, given.seed + given.seeds):
+            make = functools.partial(make_model, pattern, given.features, given.heads, seed=seed)
+            state = fit(make(given.length), draw, seed=seed)
             for length in lengths:
-                row = {"pattern": pattern, "seed": seed, "length": length}
-                rows.append(row | accuracy(make(length), state, draw, length))
+                found = accuracy(make(length), state, draw, length)
+                cases.append({"name": f"{pattern}, seed {seed}, {length} tokens", **found})
                 print(
-                    " ".join(f"{k} {v:.4g}" if k != "pattern" else v for k, v in rows[-1].items())
+                    "{name}: accuracy {accuracy:.4f}, {us_per_token:.3g} us a token".format(
+                        **cases[-1]
+                    ),
+                    flush=True,
                 )
-    print(json.dumps({"task": args.task, "steps": args.steps, "cases": rows}))
+    print(json.dumps({"task": given.task, "steps": given.steps, "cases": cases}))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=["recall", "needle"], default="recall")
-    parser.add_argument("--patterns", default="content,dense,window,learned,block,topk")
-    parser.add_argument("--seeds", default="0")
-    for name, default in (
-        ("length", 128), ("longest", 512), ("pairs", 32), ("steps", 600), ("batch_size", 16),
-        ("features", 64), ("heads", 4),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    main(parser.parse_args())
+    flags.DEFINE_enum("task", "recall", ["recall", "needle"], "What is asked for.")
+    command.define_choices("patterns", _PATTERNS, "Of the second layer.")
+    flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
+    flags.DEFINE_integer("seeds", 1, "Runs of each pattern.", lower_bound=1)
+    flags.DEFINE_integer("length", 128, "Tokens of an example to learn from.", lower_bound=4)
+    flags.DEFINE_integer("longest", 512, "Also tested on up to so many, times 4.", lower_bound=1)
+    flags.DEFINE_integer("pairs", 32, "Of key and value, in --length tokens.", lower_bound=1)
+    flags.DEFINE_integer("steps", 600, "Updates.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 16, "Examples in an update.", lower_bound=1)
+    flags.DEFINE_integer("features", 64, "Width of the model.", lower_bound=1)
+    flags.DEFINE_integer("heads", 4, "Of attention.", lower_bound=1)
+    flags.DEFINE_float("learning_rate", 3e-3, "Of Adam, at its highest.", lower_bound=0.0)
+    command.run(main)

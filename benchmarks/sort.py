@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
+from benchmarks import command
 from benchmarks.sort_baselines import BASELINES
 from hyperlayer_jax import soft_quicksort
 from train import data, loop, sort
@@ -152,8 +153,7 @@ def run(case: dict, protocol: Protocol, dataset: data.Dataset, temperature: floa
     test_sets = sort.fixed_sets(dataset.test, config, protocol.tested)
     best = {"validation": -1.0}
 
-    def loss_fn(model, key, step, split):
-        del step
+    def loss_fn(model, key, split):
         keys = jax.random.split(key)
         images, numbers = sort.draw_sets(keys[0], split, config)
         flat = images.reshape(*images.shape[:3], -1)
@@ -172,7 +172,7 @@ def run(case: dict, protocol: Protocol, dataset: data.Dataset, temperature: floa
     with tempfile.TemporaryDirectory() as folder:
         trained = loop.train(
             model,
-            optax.adam(flags.FLAGS.learning_rate),
+            optax.adam(case["learning_rate"]),
             loss_fn,
             dataset.train,
             config=config,
@@ -237,7 +237,7 @@ def main(argv):
         dataset = data.load(protocol.dataset, given.data_dir)
     except data.DataError as error:
         sys.exit(" ".join(str(error).split()))
-    out = pathlib.Path(given.out) if given.out else None
+    out = command.check_file("out", given.out)
     done = (
         [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
     )
@@ -257,6 +257,7 @@ def main(argv):
                         "size": size,
                         "seed": seed,
                         "steps": given.steps or protocol.steps,
+                        "learning_rate": given.learning_rate,
                         "factors": given.factors,
                     }
                     result = next((r for r in done if case.items() <= r.items()), None)
@@ -283,12 +284,18 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_enum("protocol", "digits", list(PROTOCOLS), "What is sorted.")
     flags.DEFINE_string("data_dir", None, "Folder of the four IDX files of MNIST.")
-    flags.DEFINE_list("sizes", None, "Numbers in a set; by default those of the protocol.")
-    flags.DEFINE_multi_string("methods", None, f"Of {[*OURS, *BASELINES]}; all but ott-jax.")
-    flags.DEFINE_list("supervision", ["images", "permutation"], "What is learned from.")
-    flags.DEFINE_list("factors", ["1"], "Temperatures to try, times that of a method.")
+    command.define_numbers(
+        "sizes", None, "Numbers in a set; by default those of the protocol.", kind=int, below=2**16
+    )
+    flags.DEFINE_multi_enum(
+        "methods", None, [*OURS, *BASELINES], "What to train; by default all but ott-jax."
+    )
+    command.define_choices("supervision", ["images", "permutation"], "What is learned from.")
+    command.define_numbers(
+        "factors", [1], "Temperatures to try, times that of a method.", kind=float, below=1e6
+    )
     flags.DEFINE_integer("steps", None, "Updates; by default those of the protocol.", lower_bound=1)
     flags.DEFINE_integer("seeds", 1, "Runs of each case.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 1e-3, "Of Adam.", lower_bound=0.0)
     flags.DEFINE_string("out", None, "File of results, a line each, that a later run goes on from.")
-    app.run(main)
+    command.run(main)

@@ -1,21 +1,27 @@
 """Time, memory and compilation of soft sorts, value and gradient, with and without items.
 
-python -m benchmarks.sort_speed --sizes=32,256,1024,65536
+  python -m benchmarks.sort_speed --sizes=32,256,1024,65536
+
+Memory and compilation are in the JSON alone.
 """
 
-import json
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
-from benchmarks import timing
+from benchmarks import command, report
 from benchmarks.contenders import Contender
 from benchmarks.sort_baselines import neural_sort, soft_sort
+from benchmarks.timing import compare
 from hyperlayer_jax import soft_quicksort
 
 # Sets of a size together have as many scores, and a matrix for each as many entries, at most.
 _SCORES, _ENTRIES = 8 * 1024, 1 << 26
+# Of an item; without any, the scores are sorted.
+_FEATURES = (0, 64)
 
 
 def ours(scores, x):
@@ -42,44 +48,29 @@ CONTENDERS = {
 }
 
 
-def main(argv):
-    del argv
-    cases = []
-    for size in map(int, flags.FLAGS.sizes):
+def cases(small: bool) -> Iterator[dict[str, Any]]:
+    """Yields the cases of all sizes, or of the first."""
+    for size in map(int, flags.FLAGS.sizes[: 1 if small else None]):
         sets = max(1, min(8, _SCORES // size))
-        for features in map(int, flags.FLAGS.features):
-            keys = jax.random.split(jax.random.key(0))
-            scores = jax.random.normal(keys[0], (sets, size))
-            # Without items, the scores are sorted.
-            x = jax.random.normal(keys[1], (sets, size, features)) if features else None
-            runs, spent = {}, {}
-            for name, function in CONTENDERS.items():
-                if not name.startswith("ours") and sets * size**2 > _ENTRIES:
-                    continue
+        keys = jax.random.split(jax.random.key(0))
+        scores = jax.random.normal(keys[0], (sets, size))
+        for features in _FEATURES:
+            x = [jax.random.normal(keys[1], (sets, size, features))] if features else []
+            contenders = {
+                name: _contender(sort, scores, *x).with_gradients()
+                for name, sort in CONTENDERS.items()
+                if name.startswith("ours") or sets * size**2 <= _ENTRIES
+            }
+            yield from compare(f"{sets} sets of {size}, {features} features", contenders)
 
-                def loss(scores, x, function=function):
-                    return (function(scores, scores[..., None] if x is None else x) ** 2).mean()
 
-                wanted = (0,) if x is None else (0, 1)
-                contender = Contender(jax.value_and_grad(loss, wanted), (scores, x))
-                runs[name], spent[name], _ = timing.prepare(contender)
-            for name, seconds in timing.interleave(runs).items():
-                cases.append(
-                    {
-                        "name": f"{name}: {sets} sets of {size}, {features} features",
-                        "ms": 1e3 * seconds,
-                        **spent[name],
-                    }
-                )
-                print(
-                    "{name}: {ms:.2f} ms, {temporary_mb:.1f} MB, compiled in "
-                    "{compile_ms:.0f} ms".format(**cases[-1]),
-                    flush=True,
-                )
-    print(json.dumps({"cases": cases}))
+def _contender(sort, scores, *x):
+    def run(scores, *x):
+        return sort(scores, *(x or (scores[..., None],)))
+
+    return Contender(run, (scores, *x), tuple(range(1 + len(x))), same=sort is ours)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("sizes", ["32", "256", "1024"], "Scores in a set.")
-    flags.DEFINE_list("features", ["0", "64"], "Features of an item.")
-    app.run(main)
+    command.define_numbers("sizes", [32, 256, 1024], "Scores in a set.", kind=int, below=2**31)
+    report.main(sort_speed=cases)

@@ -189,8 +189,10 @@ WORDS = {
         "--model=resnet", "--head=x", "--model=conv --head=conv", "--model=conv --glimpses=3",
         "--model=stn --num_local=2", "--model=reinforce --sigma_scale=1", "--dataset=mnist_",
         "--data_dir=.", "--canvas=33", "--canvas=8", "--patch_size=20", "--scaling=1",
-        "--augment_scaling=1", "--scaling=0.5 --augment_scaling=0.5", "--canvas=8190", "--digit_size=4000 --canvas=4000",
-        "--canvas=2000 --batch_size=100000 --coarseness=1",
+        "--augment_scaling=1", "--scaling=0.5 --augment_scaling=0.5", "--canvas=8190", "--digit_size=4002 --canvas=4002",
+        "--canvas=2000 --batch_size=100000 --coarseness=1", "--candidates=300", "--scored=5",
+        "--model=conv --coarseness=2", "--model=stn --implementation=cpu", "--eval_patches=9",
+        "--eval_canvas=9000", "--eval_canvas=12", "--model=box --eval_canvas=256",
     ),
     "train.transformer": (
         "--num_local=0 --region=3", "--layers=dd --implementation=cpu", "--mesh=seq:3",
@@ -222,6 +224,16 @@ WORDS = {
         "--out=nowhere/x", "word",
     ),
     "benchmarks.known": ("--beds=x", "--beds=", "--seeds=0", "--inputs=3", "--outputs=0", "word"),
+    "benchmarks.recall": (
+        "--task=x", "--patterns=x", "--patterns=", "--pairs=64", "--longest=64", "--longest=2048",
+        "--seeds=0", "--steps=0", "--length=1", "--learning_rate=-1", "word",
+    ),
+    "benchmarks.sort": (
+        "--protocol=x", "--sizes=0", "--sizes=", "--sizes=x", "--methods=x", "--supervision=x",
+        "--factors=0", "--factors=nan", "--protocol=mnist4 --data_dir=nowhere", "--out=nowhere/x",
+        "--learning_rate=nan", "word",
+    ),
+    "benchmarks.sort_speed": ("--sizes=0", "--sizes=x", "--scale=large", "--features=3", "word"),
     "benchmarks.densities": (
         "", "--out=/proc", "--out=x --densities=0", "--out=x --densities=1.5", "--out=x --seeds=0",
         "--out=x --densities=a", "--out=x --methods=y", "--out=x --methods=", "--out=x --nope",

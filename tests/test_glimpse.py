@@ -220,14 +220,13 @@ SMALL = {
     "canvas": 12,
     "digit_size": 8,
     "patch_size": 3,
-    "coarseness": 2,
     "num_patches": 2,
     "hidden": 8,
     "batch_size": 4,
     "steps": 1,
 }
-FIND = {"window": 6, "score_hidden": 4, "reach": 1}
-AIM = {"glimpse_size": 4}
+FIND = {"coarseness": 2, "window": 6, "score_hidden": 4, "reach": 1}
+AIM = {"coarseness": 2, "glimpse_size": 4}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +274,10 @@ def test_every_model_trains_for_a_step(model, flags, monkeypatch, tmp_path):
         ({"canvas": 97}, "--coarseness must divide --canvas=97"),
         ({"canvas": 12}, "--canvas must be at least --digit_size=14"),
         ({"eval_canvas": 12}, "--eval_canvas must be at least --digit_size=14"),
+        ({"candidates": 257}, "--candidates must be at most the 256 cells of --canvas=96"),
+        ({"model": "conv", "coarseness": 2}, "--coarseness has no effect with --model=conv"),
+        ({"model": "stn", "implementation": "cpu"}, "--implementation has no effect with --model"),
+        ({"eval_patches": 3}, "--eval_patches has no effect with --eval_canvas=0"),
         ({"scored": 7}, "--scored must be at least --candidates"),
         ({"anywhere": 9}, "--anywhere must be at most --candidates=8"),
         ({"patch_size": 15}, "--patch_size must be at most --digit_size=14"),

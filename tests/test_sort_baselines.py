@@ -9,9 +9,11 @@ import pytest
 
 pytest.importorskip("tensorboardX", reason="benchmarks need the extra train")
 
+from benchmarks import sort
 from benchmarks.sort import permutation_loss
 from benchmarks.sort_baselines import BASELINES, bitonic
 from hyperlayer_jax import soft_quicksort
+from train import data
 
 SCORES = jnp.asarray(np.random.default_rng(0).permutation(8) / 2 - 1.7, jnp.float32)[None]
 
@@ -42,3 +44,10 @@ def test_our_permutation_has_no_loss_where_it_is_exact_and_much_where_it_is_wron
     right, wrong = run(eye, SCORES), run(eye, -SCORES)
     assert permutation_loss(list(right.items[1:]), exact) < 1e-3
     assert permutation_loss(list(wrong.items[1:]), exact) > 5
+
+
+def test_a_method_trains_and_is_tested():
+    protocol = sort.Protocol("digits", 1, (1, 1), 2, (3,), 1, 10)
+    case = {"method": "SoftSort", "supervision": "images", "size": 3, "seed": 0, "steps": 1}
+    result = sort.run(case | {"learning_rate": 1e-3}, protocol, data.load("digits"), 0.1)
+    assert result["step"] == 1 and 0 <= result["exact_match"] <= result["element_wise"] <= 1

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from train import data, devices, launcher
+from train import data, devices, evaluation, launcher
 from train.clutter import clutter
 
 NUM_CLASSES = 10
@@ -116,16 +116,15 @@ def draw(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def predict(graphdef: nnx.GraphDef, state: nnx.State, images: jax.Array):
-    """What a model, split, returns of images, without chance."""
-    model = nnx.view(nnx.merge(graphdef, state), deterministic=True, raise_if_not_found=False)
-    return model(images)
+@evaluation.compiled
+def predict(model: nnx.Module, images: jax.Array):
+    """What a model returns of images, in evaluation."""
+    return evaluation.deterministic(model)(images)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _count_errors(config, size, graphdef, state, key, split, chosen):
-    logits, _ = predict(graphdef, state, draw(config, key, split, chosen, size=size))
+@evaluation.compiled
+def _count_errors(model, key, split, chosen, *, config, size):
+    logits, _ = predict(model, draw(config, key, split, chosen, size=size))
     return (logits.argmax(-1) != split.labels[chosen]).sum()
 
 
@@ -153,11 +152,10 @@ def error_rate(
     chosen = np.tile(np.arange(len(split.labels), dtype=np.int32), repeats)
     at_once = min(1000, max(1, _PIXELS_AT_ONCE // size.canvas**2))
     parts = np.array_split(chosen, math.ceil(len(chosen) / at_once))
-    graphdef, state = nnx.split(model)
     split = jax.device_put(split)
+    count = functools.partial(_count_errors, config=config, size=size)
     errors = sum(
-        int(_count_errors(config, size, graphdef, state, jax.random.fold_in(key, i), split, part))
-        for i, part in enumerate(parts)
+        int(count(model, jax.random.fold_in(key, i), split, part)) for i, part in enumerate(parts)
     )
     return errors / len(chosen), len(chosen)
 

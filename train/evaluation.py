@@ -13,19 +13,23 @@ from flax import nnx
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function of a model and arrays; the model stays as it is.
 
-    Compiled once for each structure of the model and shapes of arrays, and for all callers. Random
-    streams do not advance: what is drawn, is drawn alike in every call.
+    Compiled once for each structure of the model, shapes of arrays and options, and for all
+    callers. Random streams do not advance: what is drawn, is drawn alike in every call.
 
     Args:
-      function: `(model, *arrays) -> arrays`. Where it means a model in evaluation, it says so by
-        `deterministic`.
+      function: `(model, *arrays, **options) -> arrays`, options hashable. Where it means a model in
+        evaluation, it says so by `deterministic`.
     """
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(graphdef, state, *arrays):
-        return function(nnx.merge(graphdef, state, copy=True), *arrays)
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(options, graphdef, state, *arrays):
+        return function(nnx.merge(graphdef, state, copy=True), *arrays, **dict(options))
 
-    return functools.wraps(function)(lambda model, *arrays: run(*nnx.split(model), *arrays))
+    @functools.wraps(function)
+    def call(model, *arrays, **options):
+        return run(tuple(sorted(options.items())), *nnx.split(model), *arrays)
+
+    return call
 
 
 def deterministic(model: nnx.Module) -> nnx.Module:

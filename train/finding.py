@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from hyperlayer_jax.nn import Glimpses, average, mixture
+from train import canvases
 from train.layers import Convolutions, Mlp
 
 
@@ -115,7 +116,7 @@ class Finder(nnx.Module):
         size = math.ceil(config.window / 2 ** (len(widths) - 1))
         self.convolutions = Convolutions(widths, rngs)
         self.dense = Mlp([size**2 * widths[-1], 2 * config.hidden, config.hidden], rngs)
-        self.last = nnx.Linear(config.hidden, 10, rngs=rngs)
+        self.last = nnx.Linear(config.hidden, canvases.NUM_CLASSES, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Glimpses]:
         """Maps images [B, H, W, C] to logits [B, 10] and the glimpses they come from."""

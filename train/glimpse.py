@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ _ENTROPY = 0.01
 @dataclasses.dataclass(frozen=True)
 class Config(canvases.Config):
     """What to look at, with what, and for how long."""
+
+    kernels_only: ClassVar[dict[str, Any]] = {"model": (*_SAMPLED, *_CANDIDATES)}
 
     model: Literal[
         "find", "attention", "topk", "argmax", "box", "quad", "affine", "stn", "reinforce", "conv",
@@ -107,14 +109,18 @@ class Config(canvases.Config):
     min_sigma: float = launcher.flag(
         0.0, "Smallest sigma, in pixels.", minimum=0.0, only={"model": _SAMPLED}
     )
-    coarseness: int = launcher.flag(6, "Pixels averaged along each axis to decide.", minimum=1)
+    coarseness: int = launcher.flag(
+        6, "Pixels averaged along each axis to decide.", minimum=1,
+        only={"model": (*_AIMING, *_SCORING)},
+    )  # fmt: skip
     eval_canvas: int = launcher.flag(
         0, "Rows and columns of the canvases to test on; as in training where 0.", minimum=0,
-        only={"model": (*_SCORING, "pool")}, fixed=False,
+        below=2**13, only={"model": (*_SCORING, "pool")}, fixed=False,
     )  # fmt: skip
     eval_patches: int = launcher.flag(
-        0, "Pieces on a canvas of --eval_canvas.", minimum=0, below=2**12, fixed=False
-    )
+        0, "Pieces on a canvas of --eval_canvas.", minimum=0, below=2**12,
+        only={"eval_canvas": bool}, fixed=False,
+    )  # fmt: skip
     steps: int = launcher.flag(3000, "Number of updates.", minimum=1)
     batch_size: int = launcher.flag(64, "Canvases in an update.", minimum=1, below=2**20)
     learning_rate: float = launcher.flag(2e-3, "Largest size of a step.", above=0)
@@ -124,7 +130,7 @@ class Config(canvases.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.canvas % self.coarseness:
+        if self.model in (*_AIMING, *_SCORING) and self.canvas % self.coarseness:
             raise ValueError(
                 f"--coarseness must divide --canvas={self.canvas}, got {self.coarseness}"
             )
@@ -133,6 +139,12 @@ class Config(canvases.Config):
             if 0 < size < self.digit_size:
                 raise ValueError(
                     f"--{name} must be at least --digit_size={self.digit_size}, got {size}"
+                )
+            cells = math.ceil(size / self.coarseness) ** 2
+            if self.model in _CANDIDATES and 0 < cells < self.candidates:
+                raise ValueError(
+                    f"--candidates must be at most the {cells} cells of --{name}={size}, "
+                    f"got {self.candidates}"
                 )
         if 0 < self.scored < self.candidates:
             raise ValueError(f"--scored must be at least --candidates, got {self.scored}")
@@ -195,6 +207,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains on the training split and tests once, at the end; draws what the model looks at."""
     dataset = canvases.load(config)
     channels = dataset.train.images.shape[-1]
+    devices.check_fits("the canvases to test on", 16 * config.eval_size.canvas**2 * channels)
     key, validation_key, shown_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
     evaluate_every = math.ceil(config.steps / _NUM_EVALUATIONS)
 

@@ -19,7 +19,7 @@ Arrays = dict[str, np.ndarray]
 
 def look(model: nnx.Module, images: jax.Array) -> Arrays:
     """What is drawn of a model that looks at images; nothing of one without glimpses."""
-    _, glimpses = canvases.predict(*nnx.split(model), images)
+    _, glimpses = canvases.predict(model, images)
     if glimpses is None:
         return {}
     names = ("patches", "means", "sigmas", "log_chances")

@@ -8,7 +8,6 @@ The run ends when all of them sit on the diagonal, or after `--steps`:
 """
 
 import dataclasses
-import functools
 import pathlib
 from typing import Any
 
@@ -56,11 +55,11 @@ class Config(launcher.Config):
     min_sigma: float = launcher.flag(0.05, "Smallest standard deviation, in cells.", minimum=0.0)
 
 
-@functools.partial(nnx.jit, static_argnames="size")
-def test_error(model: SparseLinear, size: int) -> jax.Array:
+@evaluation.compiled
+def test_error(model: SparseLinear, *, size: int) -> jax.Array:
     """The mean squared error of the rounded layer on random x [1000, size]."""
     x = jax.random.normal(jax.random.key(0), (_TEST_EXAMPLES, size))
-    return jnp.mean((nnx.view(model, deterministic=True)(x) - x) ** 2)
+    return jnp.mean((evaluation.deterministic(model)(x) - x) ** 2)
 
 
 def draw_tuples(axes: Axes, tuples: IndexTuples, size: int, title: str) -> None:
@@ -141,7 +140,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         del step
         tuples = free_tuples(model)
         arrays = {name: getattr(tuples, name) for name in ("means", "sigmas", "values")}
-        return {"mse": test_error(model, size), **arrays}
+        return {"mse": test_error(model, size=size), **arrays}
 
     # A step of the same length in cells, whatever the size.
     learning_rate = config.learning_rate * 128 / size
@@ -158,7 +157,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         evaluate=evaluate,
         evaluate_every=max(1, config.steps // _FRAMES),
     )
-    mse = float(test_error(trained.model, size))
+    mse = float(test_error(trained.model, size=size))
     print(f"mean squared error with rounded means: {mse:.4g}")
     history = {
         step: IndexTuples(results["means"], results["sigmas"], results["values"])

@@ -5,6 +5,7 @@ value: multi-query associative recall (arXiv 2312.04927), with a question at eve
 distance tells where an answer is, only what stands there.
 """
 
+import math
 import pathlib
 from typing import Any
 
@@ -51,7 +52,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         workdir=workdir,
         batch_size=config.batch_size,
         evaluate=evaluate,
-        evaluate_every=-(-config.steps // _NUM_EVALUATIONS),
+        evaluate_every=math.ceil(config.steps / _NUM_EVALUATIONS),
     )
     share = accuracy(trained.model, jax.random.key(2), **sizes)
     print(f"{config.pairs} pairs in {config.length} tokens: {share:.4f} of answers are right")

@@ -1,6 +1,6 @@
 """Learns to classify digits with few weights, and which ones.
 
-A fully connected network whose layers have `--density` of a dense one's weights, and its rivals:
+A fully connected network whose layers have `--density` of a dense one's weights, and baselines:
 
   python -m train.sparse
   python -m train.sparse --density=0.05 --seeds=5
@@ -53,7 +53,8 @@ class Config(launcher.Config):
         only={"method": _SPARSE},
     )
     method: Method = launcher.flag(
-        "learned", "Who decides which: jumps of this library, chance, or a rival (train/masks.py)."
+        "learned",
+        "Who decides which: jumps of this library, chance, or a baseline (train/masks.py).",
     )
     seeds: int = launcher.flag(
         1,
