@@ -36,8 +36,17 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("laws")
 
-# What a new version of jax may break in ways of its own; one case of all other tests.
-_QUICK_CASES = {"test_derivatives.py": 4, "test_meshes.py": 4}
+# In the quick part: more cases of what a new version of jax may break in ways of its own, and none
+# of what runs programs or trains for long. Of all other tests one case.
+_QUICK_CASES = {
+    "test_derivatives.py": 4,
+    "test_meshes.py": 4,
+    **dict.fromkeys(
+        ["test_docs.py", "test_launcher.py", "test_loop.py", "test_train_sort.py"]
+        + ["test_train_transformer.py", "test_benchmarks.py", "test_kernels_mosaic_gpu.py"],
+        0,
+    ),
+}
 
 
 def pytest_addoption(parser):

@@ -32,7 +32,6 @@ def digits():
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
-                {"size": 5},
                 {"size": 3, "digits": 2, "loss": "plain", "proposal": "uniform"},
                 {"size": 4, "loss": "separate", "augment": False},
             )

@@ -30,7 +30,7 @@ def corpus(tmp_path_factory):
     "options",
     [
         pytest.param(
-            {"layers": "ls2twbd", "dropout": 0.1, "bfloat16": True, "stride": 4, "block": 4},
+            {"layers": "w2tb", "dropout": 0.1, "bfloat16": True, "stride": 4, "block": 4},
             marks=pytest.mark.slow,
         ),
         {
