@@ -42,8 +42,15 @@ _QUICK_CASES = {
     "test_derivatives.py": 4,
     "test_meshes.py": 4,
     **dict.fromkeys(
-        ["test_docs.py", "test_launcher.py", "test_loop.py", "test_train_sort.py"]
-        + ["test_train_transformer.py", "test_benchmarks.py", "test_kernels_mosaic_gpu.py"],
+        [
+            "test_docs.py",
+            "test_launcher.py",
+            "test_loop.py",
+            "test_train_sort.py",
+            "test_train_transformer.py",
+            "test_benchmarks.py",
+            "test_kernels_mosaic_gpu.py",
+        ],
         0,
     ),
 }
