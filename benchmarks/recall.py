@@ -4,7 +4,7 @@ Every model has a layer that sees a window and one of the pattern, trained alike
 sequences that are longer. "topk" is a baseline of ours after NSA (arXiv 2502.11089): blocks of
 keys chosen by the score of their mean, and all means, and a window, weighted by gates.
 
-  python -m benchmarks.recall --patterns=content,dense,topk --length=128 --pairs=32 --steps=600
+  python -m benchmarks.recall --patterns=content,dense,topk --steps=1000
   python -m benchmarks.recall --task=needle --patterns=content --length=256 --longest=16384
 """
 
@@ -204,11 +204,11 @@ if __name__ == "__main__":
     command.define_choices("patterns", _PATTERNS, "Of the second layer.")
     flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
     flags.DEFINE_integer("seeds", 1, "Runs of each pattern.", lower_bound=1)
-    flags.DEFINE_integer("length", 128, "Tokens of an example to learn from.", lower_bound=4)
-    flags.DEFINE_integer("longest", 512, "Also tested on up to so many, times 4.", lower_bound=1)
-    flags.DEFINE_integer("pairs", 32, "Of key and value, in --length tokens.", lower_bound=1)
-    flags.DEFINE_integer("steps", 600, "Updates.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 16, "Examples in an update.", lower_bound=1)
+    flags.DEFINE_integer("length", 256, "Tokens of an example to learn from.", lower_bound=4)
+    flags.DEFINE_integer("longest", 1024, "Also tested on up to so many, times 4.", lower_bound=1)
+    flags.DEFINE_integer("pairs", 64, "Of key and value, in --length tokens.", lower_bound=1)
+    flags.DEFINE_integer("steps", 300, "Updates.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 8, "Examples in an update.", lower_bound=1)
     flags.DEFINE_integer("features", 64, "Width of the model.", lower_bound=1)
     flags.DEFINE_integer("heads", 4, "Of attention.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 3e-3, "Of Adam, at its highest.", lower_bound=0.0)
