@@ -54,6 +54,21 @@ def check_count(name: str, count: int) -> int:
     return number
 
 
+def check_positive(name: str, count: int) -> int:
+    """Returns `count` as an int >= 1."""
+    if (number := check_count(name, count)) == 0:
+        raise ValueError(f"{name}: got 0, want at least 1")
+    return number
+
+
+def check_sigmas(sigma_scale: float, min_sigma: float) -> None:
+    """Wants a scale > 0 and a smallest sigma >= 0."""
+    if not sigma_scale > 0:
+        raise ValueError(f"sigma_scale: got {sigma_scale}, want > 0")
+    if not min_sigma >= 0:
+        raise ValueError(f"min_sigma: got {min_sigma}, want >= 0")
+
+
 def check_columns(name: str, columns: Sequence[int], width: int) -> tuple[int, ...]:
     """Returns `columns` as a tuple of different ints in [0, width)."""
     want = f"want different columns of a template of {width}"

@@ -97,8 +97,7 @@ class SparseSelfAttention(nnx.Module):
             ("features", features), ("num_heads", num_heads), ("max_length", max_length),
             ("num_kv_heads", num_kv_heads),
         ):  # fmt: skip
-            if checks.check_count(name, size) == 0:
-                raise ValueError(f"{name}: got 0, want an int >= 1")
+            checks.check_positive(name, size)
         if isinstance(pattern, str):
             if pattern not in PATTERNS:
                 names = ", ".join(map(repr, PATTERNS))

@@ -11,7 +11,7 @@ from flax import nnx
 from hyperlayer_jax import checks, kernels
 from hyperlayer_jax.nn.candidates import num_candidates, unravel
 from hyperlayer_jax.nn.exploring import explore
-from hyperlayer_jax.nn.tuples import FixedTuples, PlacedTuples, check_positive
+from hyperlayer_jax.nn.tuples import FixedTuples, PlacedTuples
 from hyperlayer_jax.types import RowSparseTensor
 
 
@@ -72,7 +72,7 @@ class SparseConv(nnx.Module):
         self.implementation = implementation
         self.in_features, self.out_features = in_features, out_features
         space = (in_features // groups, *self.field)
-        scale = check_positive("num_tuples", num_tuples) ** -0.5
+        scale = checks.check_positive("num_tuples", num_tuples) ** -0.5
         self.tuples: FixedTuples = PlacedTuples(
             (out_features,), num_tuples, space, scale=scale, rngs=rngs
         )

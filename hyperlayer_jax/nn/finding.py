@@ -11,7 +11,6 @@ from hyperlayer_jax import checks
 from hyperlayer_jax.kernels import accumulator, serving
 from hyperlayer_jax.nn.glimpse import Glimpses, read
 from hyperlayer_jax.nn.sampler import Sampler, stream
-from hyperlayer_jax.nn.tuples import check_sigmas
 from hyperlayer_jax.transforms import transform_means
 from hyperlayer_jax.types import IndexTuples
 
@@ -64,13 +63,13 @@ class FindingGlimpses(nnx.Module):
           ValueError: an argument is out of range.
         """
         self.glimpse_shape = checks.check_shape("glimpse_shape", glimpse_shape, 2)
-        self.num_candidates = _check_candidates(num_candidates)
+        self.num_candidates = checks.check_positive("num_candidates", num_candidates)
         self.num_anywhere = checks.check_count("num_anywhere", num_anywhere)
         if self.num_anywhere > self.num_candidates:
             raise ValueError(
                 f"num_anywhere: got {num_anywhere}, want at most num_candidates={num_candidates}"
             )
-        check_sigmas(sigma_scale, min_sigma)
+        checks.check_sigmas(sigma_scale, min_sigma)
         self.sigma_scale = sigma_scale
         self.min_sigma = min_sigma
         self.implementation = implementation
@@ -181,7 +180,7 @@ class FindingGlimpses(nnx.Module):
           num_candidates: how many cells are read; in training at least `num_anywhere`.
         """
         if num_candidates is not None:
-            self.num_candidates = _check_candidates(num_candidates)
+            self.num_candidates = checks.check_positive("num_candidates", num_candidates)
 
 
 def mixture(glimpses: Glimpses, logits: jax.Array) -> jax.Array:
@@ -228,12 +227,6 @@ def _of_chances(glimpses, name, x):
         raise ValueError(f"{name}: got {x.shape}, want {glimpses.log_chances.shape} and an axis")
     x = x.astype(accumulator(x.dtype))
     return glimpses.log_chances[..., None].astype(x.dtype), x
-
-
-def _check_candidates(num_candidates):
-    if checks.check_count("num_candidates", num_candidates) < 1:
-        raise ValueError(f"num_candidates: got {num_candidates}, want at least 1")
-    return num_candidates
 
 
 def _check_maps(images, maps, cells, num_candidates):

@@ -14,7 +14,6 @@ from hyperlayer_jax import checks
 from hyperlayer_jax.grids import UNIT_CORNERS, affine_means, box_means, quad_means
 from hyperlayer_jax.kernels import serving
 from hyperlayer_jax.nn.sampler import Sampler
-from hyperlayer_jax.nn.tuples import check_sigmas
 from hyperlayer_jax.tensors import contract
 from hyperlayer_jax.transforms import transform_sigmas
 from hyperlayer_jax.types import IndexTuples, RowSparseTensor
@@ -153,7 +152,7 @@ class GlimpseAttention(nnx.Module):
             initial_size=initial_size,
             rngs=rngs,
         )
-        check_sigmas(sigma_scale, min_sigma)
+        checks.check_sigmas(sigma_scale, min_sigma)
         self.sigma_scale = sigma_scale
         self.min_sigma = min_sigma
         self.implementation = implementation
@@ -191,8 +190,7 @@ class Aim(nnx.Module):
             raise ValueError(f"initial_size: got {initial_size}, want a number between 0 and 1")
         self.glimpse_shape = checks.check_shape("glimpse_shape", glimpse_shape, 2)
         self.shape = shape
-        if checks.check_count("num_glimpses", num_glimpses) < 1:
-            raise ValueError(f"num_glimpses: got {num_glimpses}, want at least 1")
+        checks.check_positive("num_glimpses", num_glimpses)
         sizes = np.geomspace(initial_size, _SMALLEST * initial_size, num_glimpses)
         starts = np.float32([[*_SHAPES[shape].start(size), 0] for size in sizes])
         self.start = nnx.Param(jnp.asarray(starts))

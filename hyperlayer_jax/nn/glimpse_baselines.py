@@ -90,12 +90,10 @@ class ReinforceGlimpses(nnx.Module):
         Raises:
           ValueError: an argument is out of range.
         """
-        if checks.check_count("num_glimpses", num_glimpses) < 1:
-            raise ValueError(f"num_glimpses: got {num_glimpses}, want at least 1")
         if not policy_sigma > 0:
             raise ValueError(f"policy_sigma: got {policy_sigma}, want > 0")
         self.glimpse_shape = checks.check_shape("glimpse_shape", glimpse_shape, 2)
-        self.num_glimpses = num_glimpses
+        self.num_glimpses = checks.check_positive("num_glimpses", num_glimpses)
         self.policy_sigma = policy_sigma
         self.deterministic = deterministic
         self.policy = small_linear(num_features, num_glimpses * 2, rngs)

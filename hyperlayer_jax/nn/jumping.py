@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hyperlayer_jax import checks
-from hyperlayer_jax.nn.tuples import PlacedTuples, check_positive
+from hyperlayer_jax.nn.tuples import PlacedTuples
 
 # Of the mean of squared gradients from step to step.
 _DECAY = 0.98
@@ -130,7 +130,7 @@ def jumps(
     Raises:
       ValueError: an argument is out of range, or there is nothing in the model that could jump.
     """
-    check_positive("every", every)
+    checks.check_positive("every", every)
     checks.check_count("until", until)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: got {fraction}, want a number in (0, 1]")

@@ -71,9 +71,8 @@ class Pattern:
     def __post_init__(self):
         """Raises a ValueError where an option is out of range."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and checks.check_count(field.name, value) == 0:
-                raise ValueError(f"{field.name}: got 0, want an int >= 1")
+            if field.type is int:
+                checks.check_positive(field.name, getattr(self, field.name))
 
     @property
     def spacing(self) -> tuple[int, int]:

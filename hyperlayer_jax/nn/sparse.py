@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hyperlayer_jax import kernels
+from hyperlayer_jax import checks, kernels
 from hyperlayer_jax.nn.candidates import SUMS, chances, draw, num_candidates, unravel
 from hyperlayer_jax.nn.exploring import explore
 from hyperlayer_jax.nn.hyperlayer import axes, check_input
 from hyperlayer_jax.nn.inputs import DenseInputs, SparseInputs
 from hyperlayer_jax.nn.sampler import Sampler
-from hyperlayer_jax.nn.tuples import FixedTuples, FreeTuples, PlacedTuples, check_positive
+from hyperlayer_jax.nn.tuples import FixedTuples, FreeTuples, PlacedTuples
 from hyperlayer_jax.tensors import ravel
 from hyperlayer_jax.types import RowSparseTensor, SparseTensor
 
@@ -70,7 +70,7 @@ class SparseLinear(nnx.Module):
         """
         self.in_shape, self.out_shape = axes("in_shape", in_shape), axes("out_shape", out_shape)
         num_rows = math.prod(self.out_shape)
-        count = check_positive("num_tuples", num_tuples) * (1 if by_output else num_rows)
+        count = checks.check_positive("num_tuples", num_tuples) * (1 if by_output else num_rows)
         chunks = (num_rows,) if by_output else ()
         space = self.in_shape if by_output else self.out_shape + self.in_shape
         self.tuples: FixedTuples | FreeTuples

@@ -67,8 +67,8 @@ class FreeTuples(nnx.Module):
           ValueError: a shape or number is out of range.
         """
         self.shape = checks.check_shape("shape", shape)
-        check_sigmas(sigma_scale, min_sigma)
-        size = (*chunks, check_positive("num_tuples", num_tuples))
+        checks.check_sigmas(sigma_scale, min_sigma)
+        size = (*chunks, checks.check_positive("num_tuples", num_tuples))
         start = jax.random.uniform(
             rngs.params(), (*size, len(self.shape)), minval=0.02, maxval=0.98
         )
@@ -128,7 +128,7 @@ class PlacedTuples(FixedTuples):
         """
         shape = checks.check_shape("shape", shape)
         space = checks.check_size("shape", shape)
-        count = check_positive("num_tuples", num_tuples)
+        count = checks.check_positive("num_tuples", num_tuples)
         if count > space:
             raise ValueError(f"num_tuples: got {count}, want at most {space}, one for each place")
         if max(shape) > checks.FLOAT32_MAX:
@@ -184,18 +184,3 @@ def freeze(model: Any) -> Any:
     for layer in layers:
         layer.tuples = layer.tuples.freeze()  # type: ignore[attr-defined]
     return model
-
-
-def check_sigmas(sigma_scale: float, min_sigma: float) -> None:
-    """Wants a scale > 0 and a smallest sigma >= 0."""
-    if not sigma_scale > 0:
-        raise ValueError(f"sigma_scale: got {sigma_scale}, want > 0")
-    if not min_sigma >= 0:
-        raise ValueError(f"min_sigma: got {min_sigma}, want >= 0")
-
-
-def check_positive(name: str, count: int) -> int:
-    """Returns `count` as an int >= 1."""
-    if checks.check_count(name, count) < 1:
-        raise ValueError(f"{name}: got {count}, want at least 1")
-    return count
