@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from hyperlayer_jax import todense
 from hyperlayer_jax.nn import SparseLinear, jumps
+from hyperlayer_jax.nn.jumping import is_look
 from train import data, devices, evaluation, figures, launcher, loop, masks, runs
 
 _NUM_CLASSES = 10
@@ -165,7 +166,7 @@ def last_change(config: Config) -> int:
 
 def is_settled(config: Config, step: int) -> bool:
     """Whether all weights that exist have their values after a step: not in a look of `jumps`."""
-    looks = step % config.every == config.every // 2 and step < last_change(config)
+    looks = is_look(step, until=last_change(config), every=config.every)
     return config.method != "learned" or not looks
 
 

@@ -75,6 +75,11 @@ def jump(
     )
 
 
+def is_look(step: Any, *, until: int, every: int) -> Any:
+    """Whether doubtful values are 0 after so many steps, an int or an array, of `jumps`."""
+    return (step % every == every // 2) & (step < until)
+
+
 class JumpState(NamedTuple):
     """What `jumps` remembers; lists have an entry for each `PlacedTuples`.
 
@@ -147,8 +152,7 @@ def jumps(
     def at(name, leaves):
         return {(*path, name): leaf for path, leaf in zip(paths, leaves, strict=True)}
 
-    def looks(step):
-        return (step % every == every // 2) & (step < until)
+    looks = functools.partial(is_look, until=until, every=every)
 
     def init(params):
         values = select(params, "values")
