@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from test_kernels import assert_close, example
+from kernels_cases import assert_close, example
 
 from hyperlayer_jax import kernels, nn
 from hyperlayer_jax.kernels import dispatch

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_kernels import OPERATIONS, example, value_and_vjp
+from kernels_cases import OPERATIONS, example, value_and_vjp
 
 from hyperlayer_jax import kernels
 from hyperlayer_jax.kernels.attention import tpu as attention
