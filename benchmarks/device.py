@@ -30,6 +30,8 @@ _PARTS = {
         "block": 55,
         "modules": 105,
         "products": 35,
+        "sort": 20,
+        "sparse": 15,
         "gathered": 32,
         "redistribution": 15,
         "torch": 40,

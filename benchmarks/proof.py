@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import attention, report
 from benchmarks.accuracy import agreement, agrees, in_float32
-from benchmarks.contenders import Contender, by_name
+from benchmarks.contenders import Contender, by_name, with_gradients
 from benchmarks.timing import begin, prepare
 from hyperlayer_jax import kernels
 
@@ -43,14 +43,15 @@ def real(small: bool = False) -> Iterator[dict[str, Any] | str]:
     for name, (every, exact) in _problems(rows):
         begin()
         expected = jax.block_until_ready(in_float32(exact.with_gradients())())
-        programs = {}
-        for label, contender in every.items():
-            yield _row(f"{name} {label}", contender, expected, programs)
+        for label, prepared in prepare(with_gradients(every)).items():
+            yield _row(f"{name} {label}", every[label], expected, prepared)
 
 
-def _row(name, contender, expected, programs):
+def _row(name, contender, expected, prepared):
     try:
-        run, spent, programs[name] = prepare(contender.with_gradients(), programs)
+        if isinstance(prepared, Exception):
+            raise prepared
+        run, spent, _ = prepared
         result = jax.block_until_ready(run(0))
     except NotImplementedError as error:
         return {"name": name, "ok": True, "lacks": str(error)[:200]}

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import attention, hyperlayer, kernels, modules, report
+from benchmarks import attention, hyperlayer, kernels, modules, report, sort_speed, sparse
 
 
 def torch_rivals(small: bool) -> Iterator[dict[str, Any] | str]:
@@ -23,5 +23,7 @@ if __name__ == "__main__":
         gathered=attention.gathered,
         block=attention.block,
         modules=modules.cases,
+        sort=sort_speed.cases,
+        sparse=sparse.cases,
         torch=torch_rivals,
     )

@@ -5,7 +5,7 @@
 Memory and compilation are in the JSON alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,10 @@ from benchmarks.sort_baselines import neural_sort, soft_sort
 from benchmarks.timing import compare
 from hyperlayer_jax import soft_quicksort
 
+_SIZES = (32, 256, 1024)
 # Sets of a size together have as many scores, and a matrix for each as many entries, at most.
-_SCORES, _ENTRIES = 8 * 1024, 1 << 26
+_SETS = {"cpu": 8, "gpu": 64, "tpu": 64}
+_SCORES, _ENTRIES = 1024, 1 << 26
 # Of an item; without any, the scores are sorted.
 _FEATURES = (0, 64)
 
@@ -48,10 +50,11 @@ CONTENDERS = {
 }
 
 
-def cases(small: bool) -> Iterator[dict[str, Any]]:
+def cases(small: bool = False, sizes: Sequence[int] = _SIZES) -> Iterator[dict[str, Any]]:
     """Yields the cases of all sizes, or of the first."""
-    for size in map(int, flags.FLAGS.sizes[: 1 if small else None]):
-        sets = max(1, min(8, _SCORES // size))
+    most = _SETS[jax.default_backend()]
+    for size in sizes[: 1 if small else None]:
+        sets = max(1, min(most, most * _SCORES // size))
         keys = jax.random.split(jax.random.key(0))
         scores = jax.random.normal(keys[0], (sets, size))
         for features in _FEATURES:
@@ -72,5 +75,5 @@ def _contender(sort, scores, *x):
 
 
 if __name__ == "__main__":
-    command.define_numbers("sizes", [32, 256, 1024], "Scores in a set.", kind=int, below=2**31)
-    report.main(sort_speed=cases)
+    command.define_numbers("sizes", list(_SIZES), "Scores in a set.", kind=int, below=2**31)
+    report.main(sort_speed=lambda small: cases(small, [int(size) for size in flags.FLAGS.sizes]))

@@ -9,6 +9,7 @@ name passes it there: relative errors below 1e-2 in bfloat16 and 1e-5 in float32
 eleven runs (unless it is known to add in any order), and faster than plain JAX.
 """
 
+import concurrent.futures
 import functools
 import math
 import statistics
@@ -148,9 +149,11 @@ def _first_runs(contenders):
 
     One that fails has only its error, in the third."""
     runs, results, spent, programs = {}, {}, {}, {}
-    for label, contender in contenders.items():
+    for label, prepared in prepare(contenders).items():
         try:
-            runs[label], spent[label], programs[label] = prepare(contender, programs)
+            if isinstance(prepared, Exception):
+                raise prepared
+            runs[label], spent[label], programs[label] = prepared
             results[label] = jax.block_until_ready(runs[label](0))
         except Exception as error:  # Whatever it is, the others go on.
             runs.pop(label, None)
@@ -162,28 +165,54 @@ def _first_runs(contenders):
 _FIGURES = ("ms", "rival_ms", "speedup", "max_difference", "floor_ms", "floor_fraction")
 
 
-def prepare(
-    contender: Contender, programs: dict[str, tuple] | None = None
-) -> tuple[Callable[[int], Any], dict[str, Any], tuple[Any, Any, Any]]:
-    """Compiles a contender, unless `programs` holds the same program.
+def prepare(contenders: dict[str, Contender]) -> dict[str, tuple[Any, Any, Any] | Exception]:
+    """Traces contenders one by one, and compiles each program once: side by side, but on a CPU.
 
     Returns:
-      A function of the round that runs it; `compile_ms` and `temporary_mb`, the most memory that it
-      needs beside arguments and results; its text, the compiled program and its arguments.
+      Of each contender what went wrong, or a function of the round that runs it; `compile_ms` and
+      `temporary_mb`, the most memory that it needs beside arguments and results; its text, the
+      compiled program and its arguments.
     """
+    workers = 1 if jax.default_backend() == "cpu" else max(1, len(contenders))
+    compiling, traced = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for label, contender in contenders.items():
+            if contender.on_host:
+                continue
+            start = time.perf_counter()
+            try:
+                lowered = jax.jit(contender.function).lower(*contender.arguments)
+                text = lowered.as_text()
+            except Exception as error:  # Whatever it is, the others go on.
+                traced[label] = error
+                continue
+            traced[label] = time.perf_counter() - start, text
+            if text not in compiling:
+                compiling[text] = text, pool.submit(_compile, lowered)
+    return {
+        label: _prepared(contender, compiling, traced.get(label))
+        for label, contender in contenders.items()
+    }
+
+
+def _compile(lowered):
+    start = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - start
+
+
+def _prepared(contender, compiling, traced):
+    """An item of what `prepare` returns."""
     if contender.on_host:
         return lambda _: contender.function(*contender.arguments), {}, (object(), None, None)
-    start = time.perf_counter()
-    lowered = jax.jit(contender.function).lower(*contender.arguments)
-    text = lowered.as_text()
-    for twin in (programs or {}).values():
-        if twin[0] == text:
-            text, compiled, _ = twin
-            break
-    else:
-        compiled = lowered.compile()
+    if isinstance(traced, Exception):
+        return traced
+    seconds, text = traced
+    text, future = compiling[text]
+    if error := future.exception():
+        return error
+    compiled, compile_seconds = future.result()
     spent = {
-        "compile_ms": 1e3 * (time.perf_counter() - start),
+        "compile_ms": 1e3 * (seconds + compile_seconds),
         "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
     }
     copies = 1
