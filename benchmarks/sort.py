@@ -54,8 +54,12 @@ PROTOCOLS = {
     "digits": Protocol("digits", 2, (8, 16), 32, (3, 5, 9), 300, 2000),
     "mnist4": Protocol("mnist", 4, (32, 64), 100, (3, 5, 7, 9, 15, 16, 32), 100_000, 2000),
 }
-# Our own: the proposal, and candidates.
-OURS = {"ours": ("local", 8), "ours, as in the paper": ("uniform", 10)}
+# Our own: the proposal, candidates, and whether all levels are compared or the last.
+OURS = {
+    "ours": ("local", 8, "last"),
+    "ours, all levels": ("local", 8, "all"),
+    "ours, as in the paper": ("uniform", 10, "last"),
+}
 _CERTAINTY = 10.0
 _IMAGES_AT_ONCE = 4000
 
@@ -97,18 +101,18 @@ def buckets_of(items: jax.Array, level: int, bits: int) -> jax.Array:
     return jnp.einsum("ij,...jd->...id", same, items)
 
 
-def permutation_loss(levels: list[jax.Array], target: jax.Array) -> jax.Array:
+def permutation_loss(levels: Sequence[jax.Array], target: jax.Array) -> jax.Array:
     """The mean cross entropy of where items are, target [*B, s, s] the right permutation.
 
-    Of relaxed sorts `levels` has the matrix alone. Of ours it has that of every level, which is
-    asked for the bucket that an item belongs to.
+    Of `levels`, the last ones, the very last is asked for the place of an item, and those before
+    for the bucket that it belongs to.
     """
-    bits = len(levels)
+    bits = (target.shape[-1] - 1).bit_length()
     losses = []
-    for level, matrix in enumerate(levels, 1):
+    for level, matrix in enumerate(levels, bits + 1 - len(levels)):
         share = (target * buckets_of(matrix, level, bits)).sum(-2)
         losses.append(-jnp.log(jnp.clip(share, np.exp(-_MAX_LOSS))).mean())
-    return sum(losses) / bits
+    return sum(losses) / len(levels)
 
 
 def loss_of(method, supervision, x, order, key, scores, temperature):
@@ -120,7 +124,7 @@ def loss_of(method, supervision, x, order, key, scores, temperature):
     else:
         target = jnp.take_along_axis(x, order[..., None], -2)
     if method in OURS:
-        proposal, num_samples = OURS[method]
+        proposal, num_samples, compared = OURS[method]
         result = soft_quicksort(
             key,
             x,
@@ -130,8 +134,10 @@ def loss_of(method, supervision, x, order, key, scores, temperature):
             proposal=proposal,
         )
         if supervision == "permutation":
-            return permutation_loss(list(result.items[1:]), target)
-        return sort.sort_loss(result, target, "means")
+            return permutation_loss(
+                result.items[1:] if compared == "all" else result.items[-1:], target
+            )
+        return sort.sort_loss(result, target, "means" if compared == "all" else "plain")
     matrix = BASELINES[method][0](scores, temperature)
     if supervision == "permutation":
         return permutation_loss([matrix], target)
@@ -237,7 +243,8 @@ class Trial:
         if not np.asarray(finite).all():
             return None
         ms = 1e3 * (time.perf_counter() - began) / (stop - before)
-        validation, _ = self.task.test(self.state.params, "validation")
+        # Of items in place: where sets are large, hardly any is right as a whole.
+        exact_now, validation = self.task.test(self.state.params, "validation")
         if validation > self.best["validation"]:
             exact, each = self.task.test(self.state.params, "test")
             self.best = {"validation": validation, "best_step": stop}
@@ -247,6 +254,7 @@ class Trial:
             "temperature": self.temperature,
             **self.best,
             "validation_now": validation,
+            "validation_exact_now": exact_now,
             "step": stop,
             "ms": ms,
         }
