@@ -47,7 +47,7 @@ def test_our_permutation_has_no_loss_where_it_is_exact_and_much_where_it_is_wron
 
 
 def test_methods_train_in_turns_and_are_tested():
-    protocol = sort.Protocol("digits", 1, (1, 1), 2, (3,), 1, 10)
+    protocol = sort.Protocol("digits", 1, (1, 1), (4,), 2, (3,), 1, 10)
     branches = [("ours", "permutation"), ("ours, all levels", "images"), ("SoftSort", "images")]
     task = sort.Task(protocol, data.load("digits"), 3, branches, 1e-3)
     case = {"size": 3, "seed": 0, "factors": [1.0]}
