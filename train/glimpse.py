@@ -289,14 +289,19 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     def evaluate(model, step):
         del step
         split = dataset.validation
+        if is_megapixel:
+            return {"validation_error": megapixel.error_rate(model, split)[0]}
         error, _ = canvases.error_rate(
             config, model, validation_key, split, at_least=NUM_VALIDATION
         )
         return {"validation_error": error, **glimpse_figures.look(model, shown())}
 
     schedule = updates.warmup_cosine(config.learning_rate, config.steps, warmup=500)
+    model = loop.build(make_model, config, channels)
+    if not runs.is_run(workdir):
+        model = begin(model, config)
     trained = loop.train(
-        begin(loop.build(make_model, config, channels), config),
+        model,
         optax.adam(schedule),
         functools.partial(loss_fn, config),
         dataset.train,
