@@ -97,6 +97,7 @@ def test_tiles_are_read_as_the_image_that_they_make():
     whole = np.stack(np.indices(SHAPE), -1)[None].repeat(2, 0)
     few = nn.TiledImages(tiled.table, jnp.round(255 * tiled.tiles).astype(jnp.uint8))
     np.testing.assert_allclose(few.read(jnp.asarray(whole)), images, atol=0.5 / 255 + 1e-6)
+    np.testing.assert_array_equal(few.whole(), few.read(jnp.asarray(whole)))
 
 
 def test_another_number_of_candidates_in_evaluation():

@@ -160,8 +160,5 @@ def _cells_per_tile(cells: int, wanted: float) -> int:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _survey(overviews: TiledImages, num_scored: int):
-    _, h, w, _ = overviews.shape
-    every = np.stack(list(np.indices((h, w), np.int32)), -1)
-    cells = overviews.read(jnp.broadcast_to(every, (len(overviews.table), h, w, 2)))
-    known = survey_cells(cells.astype(jnp.float32), num_scored)
+    known = survey_cells(overviews.whole().astype(jnp.float32), num_scored)
     return known.contrast, known.chosen

@@ -52,7 +52,15 @@ class TiledImages:
         flat = jnp.where(inside, place[..., 0] * columns + place[..., 1], 0)
         table = self.table.reshape(*leading, rows * columns)
         tile = jnp.take_along_axis(table, flat.reshape(*leading, -1), -1).reshape(flat.shape)
-        there = inside & (tile >= 0)
         pixels = self.tiles[jnp.maximum(tile, 0), within[..., 0], within[..., 1]]
+        return self._shown(pixels, inside & (tile >= 0))
+
+    def whole(self) -> jax.Array:
+        """The images [*B, H, W, C], with all that is empty: for pictures, or small parts."""
+        there = (self.table >= 0)[..., None, None]
+        tiles = self._shown(self.tiles[jnp.maximum(self.table, 0)], there)
+        return tiles.swapaxes(-4, -3).reshape(self.shape)
+
+    def _shown(self, pixels, there):
         pixels = jnp.where(there[..., None], pixels, jnp.zeros((), pixels.dtype))
         return pixels.astype(self.dtype) / 255 if pixels.dtype == jnp.uint8 else pixels
