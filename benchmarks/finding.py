@@ -8,7 +8,6 @@ trains. Errors are those of averaged parameters, on validation canvases on the w
 canvases at the end; where there are candidates, on validation canvases also with other numbers.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -16,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -59,8 +59,8 @@ class Contest:
         optimizer = self.optimizer.init(params)
         return updates.State(jnp.zeros((), jnp.int32), params, rest, optimizer, params)
 
-    def compile(self) -> "Contest":
-        """Compiles the loop, and what evaluates."""
+    def compile(self):
+        """Compiles the loop."""
         began = time.perf_counter()
         loss_fn = functools.partial(glimpse.loss_fn, self.config)
         step = updates.make_updates(self.graphdef, self.optimizer, loss_fn, self.config.average)
@@ -68,11 +68,12 @@ class Contest:
         train = jax.device_put(self.dataset.train)
         compiled = seeds.lower(self.state, np.int32(0), self.keys["train"], train).compile()
         self.advance = lambda stop: compiled(self.state, stop, self.keys["train"], train)
-        self.validate, self.test = (
-            self.evaluator(split, self.config.size) for split in ("validation", "test")
-        )
         self.compile_seconds = time.perf_counter() - began
-        return self
+
+    def compile_evaluation(self):
+        """Compiles what evaluates, beside the loop."""
+        size = self.config.size
+        self.validate, self.test = (self.evaluator(x, size) for x in ("validation", "test"))
 
     def train(self, stop: int) -> float:
         """Trains up to a step; the seconds that this took."""
@@ -90,8 +91,10 @@ class Contest:
             want = canvases.MIN_CANVASES if split == "test" else glimpse.NUM_VALIDATION
             count *= math.ceil(want / count)
             at_once = min(_AT_ONCE, max(1, _PIXELS_AT_ONCE // size.canvas**2))
-        numbers = np.arange(count - count % at_once, dtype=np.int32) % len(digits.labels)
-        rest = self.keys[split], jax.device_put(digits), numbers.reshape(-1, at_once)
+        # Parts are of one size: a few canvases less than there might be.
+        parts = math.ceil(count / at_once)
+        numbers = np.arange(count - count % parts, dtype=np.int32) % len(digits.labels)
+        rest = self.keys[split], jax.device_put(digits), numbers.reshape(parts, -1)
         states = self.state.average, self.state.rest
         wrong = functools.partial(_wrong, self.graphdef, self.config, size, view)
         compiled = jax.jit(wrong).lower(states, *rest).compile()
@@ -172,12 +175,19 @@ def main(argv):
     names = argv[1:] or ["model=find"]
     for name in names:
         _config(name)
-    contests = {}
-    with concurrent.futures.ThreadPoolExecutor(_AT_A_TIME) as pool:
-        make = lambda name: Contest(name, values.seeds).compile()  # noqa: E731
-        for future in [pool.submit(make, name) for name in names]:
+    contests: dict[Contest, dict[str, Any]] = {}
+    with ThreadPoolExecutor(1) as makers, ThreadPoolExecutor(_AT_A_TIME) as compilers:
+
+        def prepare(name):
+            contest = Contest(name, values.seeds)
+            work = contest.compile, contest.compile_evaluation
+            return contest, [compilers.submit(compile) for compile in work]
+
+        for future in [makers.submit(prepare, name) for name in names]:
+            contest, compiling = future.result()
             try:
-                contest = future.result()
+                for part in compiling:
+                    part.result()
                 contests[contest] = run(contest)
                 print(json.dumps(contests[contest]), flush=True)
             except (FloatingPointError, jax.errors.JaxRuntimeError) as error:
