@@ -1,5 +1,6 @@
 """Classifiers that find: a map of scores over the overview, and patches that are read by it."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -12,8 +13,10 @@ from hyperlayer_jax.nn import Glimpses, TiledImages, average, mixture
 from train import canvases
 from train.layers import Convolutions, Mlp
 
-# What a vote is worth at first, in logits.
+# What a vote is worth at first, in logits, and the power of its chance by which it counts: what is
+# looked at first need not count most.
 _CONFIDENCE = 10.0
+_SHARPNESS = 0.2
 
 
 class Survey(NamedTuple):
@@ -128,6 +131,7 @@ class Finder(nnx.Module):
         self.last = nnx.Linear(config.hidden, canvases.NUM_CLASSES, rngs=rngs)
         if use == "votes":
             self.confidence = nnx.Param(jnp.float32(_CONFIDENCE))
+            self.sharpness = nnx.Param(jnp.float32(_SHARPNESS))
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Glimpses]:
         """Maps images [B, H, W, C] to logits [B, 10] and the glimpses they come from."""
@@ -151,7 +155,9 @@ class Finder(nnx.Module):
         if self.use == "features":
             return self.last(average(glimpses, features)), glimpses
         if self.use == "votes":
-            votes = average(glimpses, jax.nn.softmax(self.last(features)))
+            log_weights = jax.nn.log_softmax(self.sharpness[...] * glimpses.log_chances)
+            voters = dataclasses.replace(glimpses, log_chances=log_weights)
+            votes = average(voters, jax.nn.softmax(self.last(features)))
             return self.confidence[...] * votes, glimpses
         return mixture(glimpses, self.last(features)), glimpses
 

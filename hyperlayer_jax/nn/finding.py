@@ -117,18 +117,18 @@ class FindingGlimpses(nnx.Module):
             *leading, rows, columns, _ = maps.shape
             maps = maps.reshape(*leading, rows * columns, maps.shape[-1])
             every = np.stack(list(np.indices((rows, columns), np.int32)), -1).reshape(-1, 2)
-            corners = np.broadcast_to(every, (*leading, *every.shape))
+            places = jnp.broadcast_to(every, (*leading, *every.shape))
         else:
             checks.check_float("maps", maps, 2, "[*B, n, 4]")
             checks.check_indices("cells", cells, 2, "[*B, n, 2]")
             rows, columns = checks.check_shape("grid_shape", grid_shape or (), 2)
-            leading, corners = list(maps.shape[:-2]), cells
+            leading, places = list(maps.shape[:-2]), cells
         _check_maps(images, maps, cells, self.num_candidates)
         maps = maps.astype(jnp.float32)
-        chosen = self.candidates(maps[..., 0], corners)
+        chosen = self.candidates(maps[..., 0], places)
         log_chances = self.log_chances(maps[..., 0], chosen)
         of_cells = jnp.take_along_axis(maps, chosen[..., None], -2)
-        corners = jnp.take_along_axis(corners, chosen[..., None], -2)
+        corners = jnp.take_along_axis(places, chosen[..., None], -2)
         offsets, raw_sigmas = of_cells[..., 1:3], of_cells[..., 3:]
         shape = images.shape[-3:-1]
         size = np.divide(shape, (rows, columns))
