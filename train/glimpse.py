@@ -150,7 +150,7 @@ class Config(canvases.Config):
         0, "Pieces on a canvas of --eval_canvas.", minimum=0, below=2**12,
         only={"eval_canvas": bool}, fixed=False,
     )  # fmt: skip
-    steps: int = launcher.flag(3000, "Number of updates.", minimum=1)
+    steps: int = launcher.flag(6000, "Number of updates.", minimum=1)
     batch_size: int = launcher.flag(
         canvases.by_task(64, 32), "Canvases in an update: 64, megapixel 32.", minimum=1, below=2**20
     )
