@@ -59,7 +59,8 @@ def test_means_stay_in_their_cells_and_on_the_image():
 
 def test_candidates_differ_and_are_drawn_by_scores_and_from_everywhere():
     scores = jnp.tile(jnp.log(jnp.arange(1, 13.0)), (6000, 1))
-    cells = np.asarray(nnx.jit(lambda m, s: m.candidates(s))(find(2), scores))
+    places = jnp.zeros((6000, 12, 2), int)
+    cells = np.asarray(nnx.jit(lambda m, *a: m.candidates(*a))(find(2), scores, places))
     assert (cells[:, 0] != cells[:, 1]).all()
     led = np.bincount(cells[:, 0], minlength=12) / 6000
     share = np.arange(1, 13) / 78
@@ -67,6 +68,36 @@ def test_candidates_differ_and_are_drawn_by_scores_and_from_everywhere():
     others = np.bincount(cells[:, 1], minlength=12) / 6000
     # Alike of all that were not led to.
     assert np.abs(others - (1 - share) / 11).max() < 5 * np.sqrt(1 / 11 / 6000)
+
+
+def test_candidates_stay_apart_while_there_are_others():
+    scores = jnp.array([9.0, 8, 7, 6, 5, 4, 3])
+    cells = jnp.stack([jnp.arange(7), jnp.arange(7) % 2], -1)
+    choose = nnx.jit(lambda m, *a: m.candidates(*a))
+    far = choose(nnx.view(find(3, apart=3), deterministic=True), scores, cells)
+    np.testing.assert_array_equal(far, [0, 3, 6])
+    crowded = choose(nnx.view(find(5, apart=4), deterministic=True), scores, cells)
+    assert list(crowded[:2]) == [0, 4] and len(set(crowded.tolist())) == 5
+    drawn = np.asarray(choose(find(3, apart=3, num_anywhere=1), scores, cells))
+    assert abs(drawn[0] - drawn[1]) >= 3 and len(set(drawn.tolist())) == 3
+
+
+def test_tiles_are_read_as_the_image_that_they_make():
+    images, maps = example(2, channels=2)
+    images = images.at[:, 5:15].set(0)
+    tiles = images.reshape(2, ROWS, CELL, COLUMNS, CELL, 2).swapaxes(2, 3).reshape(-1, 5, 5, 2)
+    there = np.asarray(tiles).any((1, 2, 3))
+    table = np.where(there, there.cumsum() - 1, -1).reshape(2, ROWS, COLUMNS)
+    model = nnx.view(find(8), deterministic=True)
+    want = call(model, images, maps)
+    tiled = nn.TiledImages(jnp.asarray(table), tiles[there])
+    assert tiled.shape == images.shape and len(tiled.tiles) < len(tiles)
+    got = call(model, tiled, maps)
+    np.testing.assert_allclose(got.patches, want.patches, atol=1e-6)
+    whole = np.stack(np.indices(SHAPE), -1)[None].repeat(2, 0)
+    few = nn.TiledImages(tiled.table, jnp.round(255 * tiled.tiles).astype(jnp.uint8))
+    np.testing.assert_allclose(few.read(jnp.asarray(whole)), images, atol=0.5 / 255 + 1e-6)
+    np.testing.assert_array_equal(few.whole(), few.read(jnp.asarray(whole)))
 
 
 def test_another_number_of_candidates_in_evaluation():
@@ -167,6 +198,7 @@ def test_float64_is_what_jax_makes_of_it():
     [
         (lambda: find(0), "num_candidates: got 0"),
         (lambda: find(2, num_anywhere=3), "num_anywhere: got 3"),
+        (lambda: find(apart=0), "apart: got 0"),
         (lambda: find(sigma_scale=0.0), "sigma_scale: got 0.0"),
         (lambda: find(min_sigma=-1.0), "min_sigma: got -1.0"),
         (lambda: find(13)(*example(2)), "maps: got 12 cells, want at least 13"),

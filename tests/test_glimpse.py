@@ -252,7 +252,7 @@ AIM = {"coarseness": 2, "glimpse_size": 4}
     ],
 )
 def test_every_model_trains_for_a_step(model, flags, monkeypatch, tmp_path):
-    monkeypatch.setattr(glimpse, "_NUM_VALIDATION", 1)
+    monkeypatch.setattr(glimpse, "NUM_VALIDATION", 1)
     config = glimpse.Config(model=model, **SMALL, **flags)
     figures = glimpse.train_and_evaluate(config, tmp_path)
     assert {"error", "steps", "train_seconds", "compile_seconds", "test_examples"} <= set(figures)

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +17,15 @@ NUM_CLASSES = 10
 # Every digit that is held out is placed several times, on at least so many canvases altogether.
 MIN_CANVASES = 5000
 _PIXELS_AT_ONCE = 2**23
+_DIGIT = {"task": ("digit",)}
+
+
+Task = Literal["digit", "megapixel"]
+
+
+def by_task(digit: Any, megapixel: Any) -> Callable[[Any], Any]:
+    """A default that depends on the task."""
+    return lambda config: {"digit": digit, "megapixel": megapixel}[config.task]
 
 
 class Size(NamedTuple):
@@ -29,31 +39,43 @@ class Size(NamedTuple):
 class Config(launcher.Config):
     """What is on a canvas."""
 
+    task: Task = launcher.flag(
+        "digit", "Find a digit, or say which of five is there three times (train.megapixel)."
+    )
     dataset: data.Name = launcher.flag("digits", "Images to classify.")
     data_dir: str | None = launcher.flag(
         None, "Folder of a data set that is not bundled.", only={"dataset": data.WITH_FOLDER},
         fixed=False,
     )  # fmt: skip
     digit_size: int = launcher.flag(
-        14, "Rows and columns that digits are resized to.", minimum=1, below=2**12
-    )
-    canvas: int = launcher.flag(96, "Rows and columns of a canvas.", minimum=1, below=2**13)
+        by_task(14, 28), "Rows and columns that digits are resized to: 14, megapixel 28.",
+        minimum=1, below=2**12,
+    )  # fmt: skip
+    canvas: int = launcher.flag(
+        by_task(96, 1500), "Rows and columns of a canvas: 96, megapixel 1500.", minimum=1,
+        below=2**13,
+    )  # fmt: skip
     num_patches: int = launcher.flag(
-        6, "Pieces of other digits on a canvas.", minimum=0, below=2**12
+        by_task(6, 50), "Pieces of other digits on a canvas, 6, or scribbles, megapixel 50.",
+        minimum=0, below=2**12,
+    )  # fmt: skip
+    patch_size: int = launcher.flag(6, "Rows and columns of a piece.", minimum=1, only=_DIGIT)
+    rotation: float = launcher.flag(
+        0.0, "Digits turn by up to so many degrees.", minimum=0.0, only=_DIGIT
     )
-    patch_size: int = launcher.flag(6, "Rows and columns of a piece.", minimum=1)
-    rotation: float = launcher.flag(0.0, "Digits turn by up to so many degrees.", minimum=0.0)
-    scaling: float = launcher.flag(0.0, "Digits grow or shrink by up to this part.", minimum=0.0)
+    scaling: float = launcher.flag(
+        0.0, "Digits grow or shrink by up to this part.", minimum=0.0, only=_DIGIT
+    )
     augment_rotation: float = launcher.flag(
-        10.0, "In training, digits turn by up to so many degrees more.", minimum=0.0
+        10.0, "In training, digits turn by up to so many degrees more.", minimum=0.0, only=_DIGIT
     )
     augment_scaling: float = launcher.flag(
-        0.1, "In training, digits grow or shrink by up to this part more.", minimum=0.0
+        0.1, "In training, digits grow or shrink by up to this part more.", minimum=0.0, only=_DIGIT
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_patches and self.digit_size < self.patch_size:
+        if self.task == "digit" and self.num_patches and self.digit_size < self.patch_size:
             raise ValueError(
                 f"--patch_size must be at most --digit_size={self.digit_size}, "
                 f"got {self.patch_size}"

@@ -1,5 +1,6 @@
 """Classifiers that find: a map of scores over the overview, and patches that are read by it."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -8,9 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hyperlayer_jax.nn import Glimpses, average, mixture
+from hyperlayer_jax.nn import Glimpses, TiledImages, average, mixture
 from train import canvases
 from train.layers import Convolutions, Mlp
+
+# What a vote is worth at first, in logits, and the power of its chance by which it counts: what is
+# looked at first need not count most.
+_CONFIDENCE = 10.0
+_SHARPNESS = 0.2
 
 
 class Survey(NamedTuple):
@@ -18,24 +24,29 @@ class Survey(NamedTuple):
 
     Attributes:
       overview: [B, h, w, C], means over squares of pixels.
-      contrast: [B, h, w], how busy it is around each cell: the logarithm of a standard deviation.
+      contrast: [B, h, w], how busy it is around each cell: the logarithm of a standard deviation;
+        [B, n] where cells are chosen.
       chosen: int32 [B, n, 2], the only cells to score, the busiest; all where None.
     """
 
-    overview: jax.Array
+    overview: jax.Array | TiledImages
     contrast: jax.Array
     chosen: jax.Array | None
 
 
 def survey(images: jax.Array, coarseness: int, num_scored: int = 0) -> Survey:
     """Surveys images [B, H, W, C], all cells or so many, in squares that divide H and W."""
-    cells = overview(images, coarseness)
+    return survey_cells(overview(images, coarseness), num_scored)
+
+
+def survey_cells(cells: jax.Array, num_scored: int = 0) -> Survey:
+    """The same, given the overviews [B, h, w, C]."""
     around = jnp.concatenate(_around(cells.mean(-1, keepdims=True), 1, "edge"), -1)
     contrast = jnp.log(around.var(-1) + 1e-4) / 2
     b, h, w = contrast.shape
     if not 0 < num_scored < h * w:
         return Survey(cells, contrast, None)
-    best = jax.lax.top_k(contrast.reshape(b, h * w), num_scored)[1]
+    contrast, best = jax.lax.top_k(contrast.reshape(b, h * w), num_scored)
     return Survey(cells, contrast, jnp.stack([best // w, best % w], -1))
 
 
@@ -60,8 +71,10 @@ def _around(cells: jax.Array, reach: int, beyond: str) -> list[jax.Array]:
     return [padded[:, i : i + h, j : j + w] for i in sides for j in sides]
 
 
-def _read_cells(cells: jax.Array, places: jax.Array) -> jax.Array:
+def _read_cells(cells: jax.Array | TiledImages, places: jax.Array) -> jax.Array:
     """Cells [B, h, w, C] at places [B, n, m, 2], 0 beyond the border: [B, n, m, C]."""
+    if isinstance(cells, TiledImages):
+        return cells.read(places).astype(jnp.float32)
     b, h, w, c = cells.shape
     _, n, m, _ = places.shape
     row, column = places[..., 0], places[..., 1]
@@ -90,8 +103,7 @@ class ScoreMap(nnx.Module):
         sides = np.stack(np.indices((2 * self.reach + 1,) * 2, np.int32), -1) - self.reach
         places = survey.chosen[:, :, None] + sides.reshape(1, 1, -1, 2)
         around = _read_cells(survey.overview, places).reshape(*survey.chosen.shape[:2], -1)
-        contrast = _read_cells(survey.contrast[..., None], survey.chosen[:, :, None])
-        return self._of(around, contrast[..., 0, 0])
+        return self._of(around, survey.contrast)
 
     def _of(self, around, contrast):
         x = nnx.relu(self.first(4 * around))
@@ -102,8 +114,8 @@ class ScoreMap(nnx.Module):
 class Finder(nnx.Module):
     """Scores the overview, reads patches at full resolution, and classifies what it read.
 
-    Patches are classified one by one and their answers weighed ("mixture"), or averaged, be it as
-    pixels ("average") or as features ("features"), and then classified.
+    Patches are classified one by one and their answers weighed ("mixture") or counted ("votes"), or
+    averaged, be it as pixels ("average") or as features ("features"), and then classified.
     """
 
     def __init__(self, config, channels: int, search: nnx.Module, use: str, rngs: nnx.Rngs):
@@ -117,19 +129,22 @@ class Finder(nnx.Module):
         self.convolutions = Convolutions(widths, rngs)
         self.dense = Mlp([size**2 * widths[-1], 2 * config.hidden, config.hidden], rngs)
         self.last = nnx.Linear(config.hidden, canvases.NUM_CLASSES, rngs=rngs)
+        if use == "votes":
+            self.confidence = nnx.Param(jnp.float32(_CONFIDENCE))
+            self.sharpness = nnx.Param(jnp.float32(_SHARPNESS))
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Glimpses]:
         """Maps images [B, H, W, C] to logits [B, 10] and the glimpses they come from."""
         images = whole_squares(images, self.coarseness)
         return self.look(images, survey(images, self.coarseness, self.num_scored))
 
-    def look(self, images: jax.Array, known: Survey) -> tuple[jax.Array, Glimpses]:
+    def look(self, images: jax.Array | TiledImages, known: Survey) -> tuple[jax.Array, Glimpses]:
         """The same, given a survey: of images, only what is read is touched."""
         maps = self.score(known)
         if known.chosen is None:
             glimpses = self.search(images, maps)
         else:
-            shape = known.contrast.shape[1:]
+            shape = known.overview.shape[1:3]
             glimpses = self.search(images, maps, cells=known.chosen, grid_shape=shape)
         patches = glimpses.patches
         b, k, h, w, c = patches.shape
@@ -139,6 +154,11 @@ class Finder(nnx.Module):
         features = self.features(patches.reshape(b * k, h, w, c)).reshape(b, k, -1)
         if self.use == "features":
             return self.last(average(glimpses, features)), glimpses
+        if self.use == "votes":
+            log_weights = jax.nn.log_softmax(self.sharpness[...] * glimpses.log_chances)
+            voters = dataclasses.replace(glimpses, log_chances=log_weights)
+            votes = average(voters, jax.nn.softmax(self.last(features)))
+            return self.confidence[...] * votes, glimpses
         return mixture(glimpses, self.last(features)), glimpses
 
     def features(self, patches: jax.Array) -> jax.Array:
@@ -149,8 +169,8 @@ class Finder(nnx.Module):
         """The scores [B, h, w] of all cells of images [B, H, W, C]."""
         return self.score(survey(images, self.coarseness))[..., 0]
 
-    def entropy(self, images: jax.Array) -> jax.Array:
-        """The mean entropy of the scores of images [B, H, W, C]."""
-        scores = self.scores(images)
+    def entropy(self, known: Survey) -> jax.Array:
+        """The mean entropy of the scores of what was surveyed."""
+        scores = self.score(known)[..., 0]
         log_prob = jax.nn.log_softmax(scores.reshape(len(scores), -1))
         return -(jnp.exp(log_prob) * log_prob).sum(-1).mean()

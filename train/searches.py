@@ -19,9 +19,9 @@ class TopK(FindingGlimpses):
     As in iterative patch selection (Bergner et al., arXiv 2210.13007), but by an overview.
     """
 
-    def candidates(self, scores: jax.Array) -> jax.Array:
-        """Cells int32 [B, k] of scores [B, n]."""
-        return jax.lax.top_k(jax.lax.stop_gradient(scores), self.num_candidates)[1]
+    def candidates(self, scores: jax.Array, cells: jax.Array) -> jax.Array:
+        """Which [B, k] of `cells` [B, n, 2] by scores [B, n]."""
+        return self.best(jax.lax.stop_gradient(scores), cells, self.num_candidates)
 
 
 class AttentionSampling(FindingGlimpses):
@@ -32,10 +32,10 @@ class AttentionSampling(FindingGlimpses):
     weights that the map gives them.
     """
 
-    def candidates(self, scores: jax.Array) -> jax.Array:
-        """Cells int32 [B, k] of scores [B, n], some more than once."""
+    def candidates(self, scores: jax.Array, cells: jax.Array) -> jax.Array:
+        """Which [B, k] of `cells` [B, n, 2] by scores [B, n], some more than once."""
         if self.sampler.deterministic:
-            return super().candidates(scores)
+            return super().candidates(scores, cells)
         shape = (self.num_candidates, len(scores))
         return jax.random.categorical(self.rngs(), scores, shape=shape).T
 

@@ -17,6 +17,7 @@ from hyperlayer_jax.nn.optim import shorten_steps
 from hyperlayer_jax.nn.sampler import Sampler
 from hyperlayer_jax.nn.sort import SoftQuicksort
 from hyperlayer_jax.nn.sparse import SparseLinear
+from hyperlayer_jax.nn.tiles import TiledImages
 from hyperlayer_jax.nn.transformer import TransformerLM, generate
 from hyperlayer_jax.nn.tuples import FixedTuples, FreeTuples, PlacedTuples, freeze
 
@@ -37,6 +38,7 @@ __all__ = [
     "SparseLinear",
     "SparseSelfAttention",
     "SpatialTransformer",
+    "TiledImages",
     "TransformerLM",
     "average",
     "explore",

@@ -11,8 +11,12 @@ from hyperlayer_jax import checks
 from hyperlayer_jax.kernels import accumulator, serving
 from hyperlayer_jax.nn.glimpse import Glimpses, read
 from hyperlayer_jax.nn.sampler import Sampler, stream
+from hyperlayer_jax.nn.tiles import TiledImages
 from hyperlayer_jax.transforms import transform_means
 from hyperlayer_jax.types import IndexTuples
+
+# More than scores differ by.
+_MUCH = np.float32(2**16)
 
 
 class FindingGlimpses(nnx.Module):
@@ -37,6 +41,7 @@ class FindingGlimpses(nnx.Module):
         num_candidates: int,
         *,
         num_anywhere: int = 2,
+        apart: int = 1,
         sigma_scale: float = 0.12,
         min_sigma: float = 0.0,
         sampler: Sampler | None = None,
@@ -50,6 +55,8 @@ class FindingGlimpses(nnx.Module):
           num_candidates: k, cells that are read of each image.
           num_anywhere: how many of them are drawn from all cells alike rather than by scores, in
             training. Without any, what scores overlook is never found.
+          apart: candidates that scores lead to are so many cells apart, by rows or by columns: one
+            after the other, each keeps the next ones away. At 1 they are different cells.
           sigma_scale: of the sigma of a raw 1 after softplus, in cells.
           min_sigma: the smallest sigma, in indices.
           sampler: draws the places around a candidate's mean, and in evaluation should fix them.
@@ -69,6 +76,7 @@ class FindingGlimpses(nnx.Module):
             raise ValueError(
                 f"num_anywhere: got {num_anywhere}, want at most num_candidates={num_candidates}"
             )
+        self.apart = checks.check_positive("apart", apart)
         checks.check_sigmas(sigma_scale, min_sigma)
         self.sigma_scale = sigma_scale
         self.min_sigma = min_sigma
@@ -80,7 +88,7 @@ class FindingGlimpses(nnx.Module):
 
     def __call__(
         self,
-        images: jax.Array,
+        images: jax.Array | TiledImages,
         maps: jax.Array,
         *,
         cells: jax.Array | None = None,
@@ -89,7 +97,7 @@ class FindingGlimpses(nnx.Module):
         """Reads images where maps of their overviews lead.
 
         Args:
-          images: [*B, H, W, C]; outside them there is nothing, 0.
+          images: [*B, H, W, C]; outside them there is nothing, 0. `TiledImages` are read by index.
           maps: float [*B, h, w, 4], of the cells that the image is divided into: scores, two raw
             numbers for the mean (row, column; zeros are the middle of the cell, which it cannot
             leave), and raw sigmas.
@@ -108,20 +116,19 @@ class FindingGlimpses(nnx.Module):
             checks.check_float("maps", maps, 3, "[*B, h, w, 4]")
             *leading, rows, columns, _ = maps.shape
             maps = maps.reshape(*leading, rows * columns, maps.shape[-1])
+            every = np.stack(list(np.indices((rows, columns), np.int32)), -1).reshape(-1, 2)
+            places = jnp.broadcast_to(every, (*leading, *every.shape))
         else:
             checks.check_float("maps", maps, 2, "[*B, n, 4]")
             checks.check_indices("cells", cells, 2, "[*B, n, 2]")
             rows, columns = checks.check_shape("grid_shape", grid_shape or (), 2)
-            leading = list(maps.shape[:-2])
+            leading, places = list(maps.shape[:-2]), cells
         _check_maps(images, maps, cells, self.num_candidates)
         maps = maps.astype(jnp.float32)
-        chosen = self.candidates(maps[..., 0])
+        chosen = self.candidates(maps[..., 0], places)
         log_chances = self.log_chances(maps[..., 0], chosen)
         of_cells = jnp.take_along_axis(maps, chosen[..., None], -2)
-        if cells is None:
-            corners = jnp.stack([chosen // columns, chosen % columns], -1)
-        else:
-            corners = jnp.take_along_axis(cells, chosen[..., None], -2)
+        corners = jnp.take_along_axis(places, chosen[..., None], -2)
         offsets, raw_sigmas = of_cells[..., 1:3], of_cells[..., 3:]
         shape = images.shape[-3:-1]
         size = np.divide(shape, (rows, columns))
@@ -142,20 +149,25 @@ class FindingGlimpses(nnx.Module):
         indices = points[..., None, :, :] + _expanded(grid.reshape(h * w, 1, 2), centres)
         values = jnp.broadcast_to(values[..., None, :], indices.shape[:-1])
         means = centres[..., None, None, :] + _expanded(grid.astype(np.float32), centres)
-        patches = read(
-            images,
-            indices.reshape(*leading, k * h * w, m, 2),
-            values.reshape(*leading, k * h * w, m),
-            means,
-            implementation=serving(self.implementation, "ell_spmm"),
-        )
+        if isinstance(images, TiledImages):
+            pixels = images.read(indices)
+            patches = (values[..., None].astype(pixels.dtype) * pixels).sum(-2)
+            patches = patches.reshape(*leading, k, h, w, pixels.shape[-1])
+        else:
+            patches = read(
+                images,
+                indices.reshape(*leading, k * h * w, m, 2),
+                values.reshape(*leading, k * h * w, m),
+                means,
+                implementation=serving(self.implementation, "ell_spmm"),
+            )
         return Glimpses(patches, means, sigmas, log_chances=log_chances)
 
-    def candidates(self, scores: jax.Array) -> jax.Array:
-        """Different cells int32 [*B, k] of scores [*B, n], those that scores led to first."""
+    def candidates(self, scores: jax.Array, cells: jax.Array) -> jax.Array:
+        """Different ones [*B, k] of `cells` [*B, n, 2] by scores [*B, n], the led ones first."""
         scores = jax.lax.stop_gradient(scores)
         if self.sampler.deterministic:
-            return jax.lax.top_k(scores, self.num_candidates)[1]
+            return self.best(scores, cells, self.num_candidates)
         led_key, anywhere_key = jax.random.split(self.rngs())
         num_led = self.num_candidates - self.num_anywhere
         if num_led < 0:
@@ -163,11 +175,33 @@ class FindingGlimpses(nnx.Module):
                 f"num_candidates: got {self.num_candidates}, want at least num_anywhere="
                 f"{self.num_anywhere} where not deterministic"
             )
-        led = jax.lax.top_k(scores + jax.random.gumbel(led_key, scores.shape), num_led)[1]
+        drawn = scores + jax.random.gumbel(led_key, scores.shape)
+        led = self.best(drawn, cells, num_led)
         order = jax.random.uniform(anywhere_key, scores.shape)
-        cells = np.expand_dims(np.arange(scores.shape[-1]), (*range(scores.ndim - 1), -1))
-        order = jnp.where((led[..., None, :] == cells).any(-1), -1.0, order)
+        numbers = np.expand_dims(np.arange(scores.shape[-1]), (*range(scores.ndim - 1), -1))
+        order = jnp.where((led[..., None, :] == numbers).any(-1), -1.0, order)
         return jnp.concatenate([led, jax.lax.top_k(order, self.num_anywhere)[1]], -1)
+
+    def best(self, scores: jax.Array, cells: jax.Array, count: int) -> jax.Array:
+        """So many of `cells` [*B, n, 2], [*B, count], of the largest scores [*B, n] and `apart`.
+
+        Where there are not enough that far apart, nearer ones come last.
+        """
+        if self.apart == 1:
+            return jax.lax.top_k(scores, count)[1]
+
+        numbers = _expanded(np.arange(scores.shape[-1], dtype=np.int32), scores)
+
+        def pick(scores, _):
+            chosen = scores.argmax(-1, keepdims=True)
+            place = jnp.take_along_axis(cells, chosen[..., None], -2)
+            near = (jnp.abs(cells - place) < self.apart).all(-1)
+            scores = scores - jnp.where(near, _MUCH, np.float32(0))
+            scores = jnp.where(numbers == chosen, -jnp.inf, scores)
+            return scores, chosen[..., 0]
+
+        chosen = jax.lax.scan(pick, scores, length=count)[1]
+        return jnp.moveaxis(chosen, 0, -1)
 
     def log_chances(self, scores: jax.Array, cells: jax.Array) -> jax.Array:
         """What each of `cells` [*B, k] weighs, given scores [*B, n]: log [*B, k]."""
@@ -231,7 +265,8 @@ def _of_chances(glimpses, name, x):
 
 def _check_maps(images, maps, cells, num_candidates):
     """Checks maps [*B, n, 4] of cells [*B, n, 2], if any."""
-    checks.check_float("images", images, 3, "[*B, H, W, C]")
+    if not isinstance(images, TiledImages):
+        checks.check_float("images", images, 3, "[*B, H, W, C]")
     if images.shape[:-3] != maps.shape[:-2] or maps.shape[-1] != 4:
         raise ValueError(
             f"maps: got shape {maps.shape}, want 4 numbers for each cell, and the *B of the "
