@@ -11,9 +11,9 @@ from hyperlayer_jax import kernels
 
 # Backends that would only be interpreted on a device, or that are meant for another.
 _ELSEWHERE = {
-    "cpu": ("mosaic_gpu", "mosaic_gpu_ahead", "triton", "tpu"),
+    "cpu": ("mosaic_gpu", "triton", "tpu"),
     "gpu": ("cpu", "tpu"),
-    "tpu": ("cpu", "mosaic_gpu", "mosaic_gpu_ahead", "triton"),
+    "tpu": ("cpu", "mosaic_gpu", "triton"),
 }
 # Plain JAX, what every backend is measured against.
 PLAIN = ("reference",)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from benchmarks import report
 from benchmarks.contenders import Contender
-from benchmarks.timing import compare
+from benchmarks.timing import compare_all
 from hyperlayer_jax.nn import SparseLinear, jumps
 
 _SIZE, _BATCH = 2048, 64
@@ -23,32 +23,32 @@ _EACH = (20, 2)
 _EVERY = 50
 
 
-def cases(small: bool) -> Iterator[dict[str, Any]]:
+def cases(small: bool) -> Iterator[dict[str, Any] | str]:
     """Yields the cases, of 64 inputs and outputs where small."""
     size = 64 if small else _SIZE
     x = jax.random.normal(jax.random.key(0), (_BATCH, size))
     dense = nnx.Linear(size, size, rngs=nnx.Rngs(0))
+    cases, names = {}, []
     for each in _EACH:
         layer = SparseLinear(size, size, each, by_output=True, use_bias=True, rngs=nnx.Rngs(0))
-        weights = each * size
         name = f"SparseLinear {size} x {size}, {each} of {size} inputs, b={_BATCH}"
-        flops = 2 * _BATCH * weights
-        evaluation = nnx.view(layer, deterministic=True)
-        yield from compare(
-            name,
-            {"SparseLinear": _forward(evaluation, x), "nnx.Linear": _forward(dense, x)},
-            flops=flops,
+        names.append((name, f"{name}, training step", f"{name}, both steps of a look"))
+        flops = 2 * _BATCH * each * size
+        ours = (
+            _forward(nnx.view(layer, deterministic=True), x),
+            _step(layer, x),
+            _step(layer, x, look=True),
         )
-        rival = {"nnx.Linear": _step(dense, x)}
-        [plain] = compare(
-            f"{name}, training step", {"SparseLinear": _step(layer, x), **rival}, flops=flops
-        )
-        [look] = compare(
-            f"{name}, both steps of a look",
-            {"SparseLinear": _step(layer, x, look=True), **rival},
-            flops=2 * flops,
-        )
-        yield from (plain, look)
+        rivals = (_forward(dense, x), _step(dense, x), _step(dense, x))
+        for case, *pair in zip(names[-1], ours, rivals, strict=True):
+            labelled = dict(zip(("SparseLinear", "nnx.Linear"), pair, strict=True))
+            cases[case] = labelled, {"flops": flops}
+    rows = {}
+    for row in compare_all(cases):
+        rows[row["name"]] = row
+        yield row
+    for name, *steps in names:
+        plain, look = (rows[step] for step in steps)
         if plain["speedup"] and look["speedup"]:
             mean = ((_EVERY - 2) * plain["ms"] + look["ms"]) / _EVERY
             yield (

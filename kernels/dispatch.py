@@ -4,7 +4,7 @@
 
 - "reference": the meaning of the operation, plain JAX that is good on any device;
 - "cpu": the same, made fast where XLA on CPU needs help;
-- "mosaic_gpu", "mosaic_gpu_ahead", "triton", "tpu": Pallas kernels.
+- "mosaic_gpu", "triton", "tpu": Pallas kernels.
 
 None takes a kernel where `FASTER` has a line for the device, and plain JAX elsewhere: "cpu" on
 CPUs, if there is one, and "reference" on other devices. Where a named kernel is lowered for a CPU,
@@ -26,19 +26,19 @@ from typing import Any
 import jax
 
 # The backends of each operation, and the folder that they are in.
-_ELL, _COO = ("reference", "cpu", "mosaic_gpu", "tpu"), ("reference", "cpu", "tpu")
+_PRODUCTS = ("reference", "cpu", "tpu")
 SERVES = {
-    "ell_spmm": _ELL,
-    "ell_spmm_transposed": _ELL,
-    "ell_sddmm": _ELL,
-    "spmm": _COO,
-    "sddmm": _COO,
+    "ell_spmm": _PRODUCTS,
+    "ell_spmm_transposed": _PRODUCTS,
+    "ell_sddmm": _PRODUCTS,
+    "spmm": _PRODUCTS,
+    "sddmm": _PRODUCTS,
     "row_max": ("reference",),
     "redistribute": ("reference", "cpu", "tpu"),
     "shares": ("reference", "cpu"),
     "duplicate_mask": ("reference", "cpu"),
     "gathered_attention": ("reference", "triton", "tpu"),
-    "block_attention": ("reference", "mosaic_gpu", "mosaic_gpu_ahead", "tpu"),
+    "block_attention": ("reference", "mosaic_gpu", "tpu"),
     "masked_block_attention": ("reference", "mosaic_gpu"),
 }
 _FOLDERS = dict.fromkeys(("redistribute", "shares", "duplicate_mask"), "redistribution")
@@ -46,24 +46,19 @@ _FOLDERS |= dict.fromkeys(
     ("gathered_attention", "block_attention", "masked_block_attention"), "attention"
 )
 _PLAIN = ("reference", "cpu")
-_PLATFORMS = {
-    "mosaic_gpu": ("cuda",),
-    "mosaic_gpu_ahead": ("cuda",),
-    "triton": ("cuda", "rocm"),
-    "tpu": ("tpu",),
-}
-INTERPRETED_WITH_EFFECTS = ("mosaic_gpu", "mosaic_gpu_ahead")
+_PLATFORMS = {"mosaic_gpu": ("cuda",), "triton": ("cuda", "rocm"), "tpu": ("tpu",)}
+INTERPRETED_WITH_EFFECTS = ("mosaic_gpu",)
 BACKENDS = (*_PLAIN, *_PLATFORMS)
 
 # The kernels that `implementation=None` takes, by the beginning of the name of the device (its
 # `device_kind`). Each line earned its place: right, with the same bits in each of eleven runs
-# unless it says otherwise, and faster than plain JAX at both lengths, 16k and 64k tokens. The H100
-# has the same instructions as the H200 on which this was measured.
+# unless it says otherwise, and faster than plain JAX at both lengths, 16k and 64k tokens.
 _HOPPER = {
-    # Forward and backward .74 and 2.55 ms, plain JAX 8.8 and 29.8 (benchmarks/results/h200.json).
+    # Forward and backward on an H200 .74 and 2.55 ms, plain JAX 8.8 and 29.8; on an H100 .62 and
+    # 2.33, dense attention 2.4 and 34 (benchmarks/results/h200.json, h100.json).
     "block_attention": "mosaic_gpu",
-    # 2.4 and 9.3 ms, plain JAX 3.9 and 14.5. Gradients of keys and values add up in any order, as
-    # those of plain JAX do on a GPU.
+    # On an H200 2.4 and 9.3 ms, plain JAX 3.9 and 14.5; on an H100 right, but not measured.
+    # Gradients of keys and values add up in any order, as those of plain JAX do on a GPU.
     "gathered_attention": "triton",
 }
 FASTER = {"NVIDIA H200": _HOPPER, "NVIDIA H100": _HOPPER}

@@ -225,10 +225,11 @@ def test_the_table_replaces_what_stands_between_the_comments():
         table.insert(page, "h200", "")
 
 
-def test_the_page_of_a_device_shows_its_results():
+@pytest.mark.parametrize("card", ["h100", "h200"])
+def test_the_page_of_a_device_shows_its_results(card):
     page = (ROOT / "docs" / "gpu.md").read_text()
-    results = table.read(ROOT / "benchmarks" / "results" / "h200.json")
-    assert table.insert(page, "h200", table.table(results)) == page
+    results = table.read(ROOT / "benchmarks" / "results" / f"{card}.json")
+    assert table.insert(page, card, table.table(results)) == page
 
 
 @pytest.mark.parametrize("lost", ["missing", "a file", "broken"])

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.scipy.special import logit
 
 from hyperlayer_jax.kernels import materialize
+from hyperlayer_jax.lift import reshape
 from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.transforms import per_axis, transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
@@ -166,7 +167,7 @@ class LearnedPositions(nnx.Module):
         Returns:
           Means and sigmas [B, num_heads, R, k, 1], values of 1.
         """
-        raw = self.raw(x[:, at], self._context_mean(x, mask)[:, at], rows)
+        raw = self.raw(x[:, at], self._context_mean(x, mask, at), rows)
         return self.free.tuples(raw, rows)
 
     def init_cache(self, batch: int) -> jax.Array:
@@ -177,7 +178,7 @@ class LearnedPositions(nnx.Module):
         self, x: jax.Array, rows: jax.Array, total: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """`context_mean` of tokens x [B, T, E] at `rows` int32 [T], and the sum with them in it."""
-        sums = total[:, None] + _running_sum(self._read(x))
+        sums = total[:, None] + jnp.cumsum(self._read(x), 1)
         return sums / (rows + 1).astype(sums.dtype)[None, :, None], sums[:, -1]
 
     def raw(self, x: jax.Array, context_mean: jax.Array, rows: jax.Array) -> jax.Array:
@@ -195,15 +196,22 @@ class LearnedPositions(nnx.Module):
         out = self.out_proj(jax.nn.gelu(hidden)).reshape(*x.shape[:2], heads, tuples, 2)
         return _NETWORK_GAIN * jnp.moveaxis(out, 2, 1) + self.free.raw()
 
-    def _context_mean(self, x, mask):
-        """What the network reads of the tokens x [B, T, E] that each may see: [B, T, HIDDEN]."""
-        exists = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
-        read = self._read(x) * exists[..., None]
+    def _context_mean(self, x, mask, at):
+        """What the network reads of the tokens x [B, T, E] that each `at` may see: [B, R, HIDDEN].
+
+        The sum of what is read is read of the sum, which is shorter.
+        """
+        # A compiler would count up ones, for a minute.
+        x, count = _float32(x), 1 + jnp.arange(x.shape[1], dtype=jnp.float32)[None]
+        if mask is not None:
+            exists = mask.astype(jnp.float32)
+            x, count = x * exists[..., None], jnp.cumsum(exists, 1)
         if self.free.line.causal:
-            total, count = _running_sum(read), _running_sum(exists)
+            total, count = jnp.cumsum(self._read(_sums_up_to(x, at)), 1), count[:, at]
         else:
-            total, count = read.sum(1, keepdims=True), exists.sum(1, keepdims=True)
-        return jnp.broadcast_to(total / jnp.maximum(count, 1)[..., None], read.shape)
+            total, count = self._read(x.sum(1, keepdims=True)), count[:, -1:]
+        mean = total / jnp.maximum(count, 1)[..., None]
+        return jnp.broadcast_to(mean, (x.shape[0], len(range(x.shape[1])[at]), _HIDDEN))
 
     def _read(self, x):
         return self.context_proj(_float32(x))
@@ -264,9 +272,16 @@ def _raw_sigmas(share: np.ndarray) -> jax.Array:
     return jnp.asarray(np.log(np.expm1(share / _SIGMA_SCALE)) / _SIGMA_GAIN, jnp.float32)
 
 
-def _running_sum(x: jax.Array) -> jax.Array:
-    """The sum over axis 1 up to each place."""
-    return jax.lax.associative_scan(jnp.add, x, axis=1)
+def _sums_up_to(x: jax.Array, at: slice) -> jax.Array:
+    """Sums of tokens [B, T, E], each of those after the one before, up to one of R `at`: [B, R, E].
+
+    `at` starts before its step.
+    """
+    rows = range(x.shape[1])[at]
+    if rows.step == 1:
+        return x[:, at]
+    x = jnp.pad(x[:, : rows[-1] + 1], [(0, 0), (rows.step - 1 - rows.start, 0), (0, 0)])
+    return reshape(x, (x.shape[0], len(rows), rows.step, x.shape[2])).sum(2)
 
 
 def _float32(x: jax.Array) -> jax.Array:
