@@ -6,7 +6,8 @@ writes what they return to `runs.jsonl`, and `accuracy.png`, in a folder:
   python -m benchmarks.densities --out=runs/densities --seeds=5
   python -m benchmarks.densities --out=runs/mnist --densities=0.01,0.1 -- --dataset=mnist ...
 
-What follows `--` are further flags of `train.sparse`.
+What follows `--` are further flags of `train.sparse`. Where `JAX_COMPILATION_CACHE_DIR` names a
+folder, all seeds of a method and density are compiled once.
 """
 
 import itertools

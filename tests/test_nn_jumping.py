@@ -1,5 +1,8 @@
 """Laws of jumps: who moves, where to, and that whatever jumps is found."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +118,38 @@ def test_a_layer_looks_for_places_where_the_gradient_is_large_only_when_asked_to
     assert len(np.unique(every, axis=0)) == len(every)
     # And evaluation computes the same as training.
     assert_equal(call(model, x), call(nnx.view(model, deterministic=True), x))
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+def test_a_layer_in_training_has_all_derivatives_of_the_evaluated_one(by_output):
+    """In a step that looks, too: what is found is no derivative, and appears in no other."""
+    graphdef, params, rest = nnx.split(layer(by_output), nnx.Param, ...)
+    params["tuples"]["looks"][...] = jnp.full_like(params["tuples"]["looks"][...], 0.75)
+    xs = jax.random.normal(jax.random.key(0), (2, 3, *IN))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(deterministic, xs):
+        def loss(params, x):
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            return (nnx.view(model, deterministic=deterministic)(x) ** 2).sum()
+
+        def along(f):
+            """The derivative of f in a direction."""
+            return lambda *at: jax.jvp(f, at, jax.tree.map(jnp.ones_like, at))[1]
+
+        def gradient(f):
+            return jax.grad(f, (0, 1))
+
+        functions = along(loss), gradient(loss), along(gradient(loss)), gradient(along(loss))
+        return [jax.vmap(f, (None, 0))(params, xs) for f in functions]
+
+    pairs = zip(
+        *(jax.tree_util.tree_leaves_with_path(derivatives(view, xs)) for view in (False, True)),
+        strict=True,
+    )
+    for (path, found), (_, want) in pairs:
+        if not re.search("jumped|looks", jax.tree_util.keystr(path)):
+            assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_jumps_find_the_weights_of_another_layer():

@@ -98,6 +98,19 @@ def test_a_wrong_value_names_its_flag(options, flag):
         sparse.Config(**options)
 
 
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.6, 1.0])
+def test_small_layers_are_denser_and_all_together_as_dense_as_asked_for(density):
+    config = sparse.Config(density=density, distribution="erdos_renyi", hidden="300,100")
+    inputs, outputs = np.array([784, 300, 100]), np.array([300, 100, 10])
+    each = np.array(config.num_weights(784))
+    sizes = inputs * outputs
+    assert abs(each @ outputs - density * sizes.sum()) <= outputs.sum() / 2
+    assert (each <= inputs).all()
+    free = each < inputs
+    scale = (each / (1 + inputs / outputs))[free]
+    np.testing.assert_allclose(scale, scale.mean() if free.any() else scale, rtol=0.05)
+
+
 def test_no_line_falls_in_a_look():
     config = sparse.Config(every=100, steps=400)
     assert [step for step in range(401) if not sparse.is_settled(config, step)] == [50, 150, 250]

@@ -16,11 +16,13 @@ class MaskState(NamedTuple):
     """What `masked` remembers.
 
     Attributes:
+      key: a PRNG key; with the number of the step, it decides what is random.
       step: int32, how many updates there have been.
       masks: like the parameters, 1 where they exist.
       inner: state of the optimizer.
     """
 
+    key: jax.Array
     step: jax.Array
     masks: Any
     inner: Any
@@ -81,12 +83,12 @@ def masked(
 
     def init(params):
         masks = jax.tree.map(first_mask, params)
-        return MaskState(jnp.zeros((), jnp.int32), masks, optimizer.init(params))
+        return MaskState(jnp.copy(key), jnp.zeros((), jnp.int32), masks, optimizer.init(params))
 
     def update(updates, state, params):
         step, masks = state.step, state.masks
         leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.fold_in(key, step), len(leaves))
+        keys = jax.random.split(jax.random.fold_in(state.key, step), len(leaves))
         keys = jax.tree.unflatten(structure, list(keys))
         time = jnp.minimum(step / until, 1.0)
         due = (step > 0) & (step % every == 0) & (step <= until)
@@ -100,7 +102,7 @@ def masked(
         # What has gone stays 0, and so do its moments: what comes starts at 0.
         changes = jax.tree.map(lambda c, p, m: m * (p + c) - p, changes, params, masks)
         inner = optax.tree_utils.tree_map_params(optimizer, jnp.multiply, inner, masks)
-        return changes, MaskState(step + 1, masks, inner)
+        return changes, MaskState(state.key, step + 1, masks, inner)
 
     return optax.GradientTransformation(init, update)
 

@@ -29,6 +29,7 @@ from train import data, devices, evaluation, figures, launcher, loop, masks, run
 _NUM_CLASSES = 10
 _NUM_EVALUATIONS = 10
 
+Distribution = Literal["uniform", "erdos_renyi"]
 Method = Literal["learned", "random", "set", "rigl", "magnitude", "dense"]
 _SPARSE = ("learned", "random", "set", "rigl", "magnitude")
 _CHANGING = ("learned", "set", "rigl", "magnitude")
@@ -51,6 +52,12 @@ class Config(launcher.Config):
         0.01,
         "Part of a layer's weights that exist: each output has at least one.",
         above=0,
+        only={"method": _SPARSE},
+    )
+    distribution: Distribution = launcher.flag(
+        "uniform",
+        "The same density for every layer, or more for one of few inputs and outputs "
+        "(Mocanu et al., arXiv 1707.04780).",
         only={"method": _SPARSE},
     )
     method: Method = launcher.flag(
@@ -94,6 +101,23 @@ class Config(launcher.Config):
         """How many numbers come into each layer, and out of the last."""
         return [num_pixels, *map(int, self.hidden.split(",")), _NUM_CLASSES]
 
+    def num_weights(self, num_pixels: int) -> list[int]:
+        """How many weights each output of a layer has in the end, one at least."""
+        inputs, outputs = np.array(list(itertools.pairwise(self.widths(num_pixels)))).T
+        sizes = inputs * outputs
+        densities = np.full(len(sizes), self.density)
+        if self.distribution == "erdos_renyi":
+            # In proportion to this, as far as layers are not full.
+            shares = (inputs + outputs) / sizes
+            full = np.zeros(len(sizes), bool)
+            while not full.all():
+                left = self.density * sizes.sum() - sizes[full].sum()
+                densities = np.where(full, 1, left / (shares * sizes)[~full].sum() * shares)
+                if (densities <= 1).all():
+                    break
+                full |= densities > 1
+        return [max(1, round(x)) for x in densities * inputs]
+
 
 class Classifier(nnx.Module):
     """Sparse linear layers with ReLUs between them, or dense layers that start with their weights.
@@ -104,18 +128,20 @@ class Classifier(nnx.Module):
 
     def __init__(self, config: Config, num_pixels: int, *, rngs: nnx.Rngs):
         self.layers, self.counts = nnx.List([]), ()
-        for inputs, outputs in itertools.pairwise(config.widths(num_pixels)):
-            dense = config.method in ("dense", "magnitude")
-            each = inputs if dense else max(1, round(config.density * inputs))
+        pairs, num_weights = (
+            itertools.pairwise(config.widths(num_pixels)),
+            config.num_weights(num_pixels),
+        )
+        for (inputs, outputs), each in zip(pairs, num_weights, strict=True):
             layer = SparseLinear(
                 inputs,
                 outputs,
-                each,
+                inputs if config.method in ("dense", "magnitude") else each,
                 use_bias=True,
                 implementation=config.implementation,
                 rngs=rngs,
             )
-            self.counts += (max(1, round(config.density * inputs)) * outputs,)
+            self.counts += (each * outputs,)
             if config.method not in ("learned", "random"):
                 kernel = weights(layer)
                 layer = nnx.Linear(inputs, outputs, rngs=rngs)

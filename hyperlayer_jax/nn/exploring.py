@@ -1,11 +1,12 @@
 """Looks for places where a weight would help, on the way back through a layer."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from hyperlayer_jax.density import duplicate_mask
 from hyperlayer_jax.nn.tuples import PlacedTuples
@@ -30,32 +31,66 @@ def explore(propose: Propose, tuples: PlacedTuples, x: Any, y: jax.Array) -> jax
     """
     if tuples.deterministic:
         return y
-    return _explore(propose, tuples.jumped[...], tuples.looks[...], tuples.indices(), x, y)
+    seeds = tuples.looks[...]
+    known, structure = jax.tree.flatten((seeds, tuples.indices(), x))
+
+    def look(dy, *known):
+        dy, *known = map(jax.lax.stop_gradient, (dy, *known))
+        seeds, places, x = jax.tree.unflatten(structure, known)
+        seed = seeds.ravel()[0] if seeds.size else jnp.zeros(())
+
+        def find():
+            key = jax.random.key(jax.lax.bitcast_convert_type(seed, jnp.uint32))
+            return best(places, *propose(key, places, x, dy))
+
+        nothing = jnp.zeros((*places.shape[:-1], places.shape[-1] + 1)), jnp.zeros_like(seeds)
+        return jax.lax.cond(seed != 0, find, lambda: nothing)
+
+    # Inside `shard_map` a gradient varies as its operand does.
+    axes = frozenset().union(*map(_varying, (y, *known)))
+    linear = [
+        jax.lax.pcast(a, tuple(axes - _varying(a)), to="varying")
+        for a in (tuples.jumped[...], seeds, y)
+    ]
+    return _explore.bind(*linear, *known, look=look)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _explore(propose, jumped, looks, places, x, y):
-    return y
+def _varying(array):
+    return jax.typeof(array).manual_axis_type.varying
 
 
-def _explore_fwd(propose, jumped, looks, places, x, y):
-    return y, (looks, places, x)
+# The identity of its third operand, linear in the first three; what a look finds is returned by the
+# transpose in place of the zeros that would be right. A `custom_vjp` would forbid forward mode.
+_explore = Primitive("explore")
+_explore.def_impl(lambda jumped, looks, y, *known, look: y)
+_explore.def_abstract_eval(lambda jumped, looks, y, *known, look: y)
+mlir.register_lowering(_explore, lambda context, jumped, looks, y, *known, look: [y])
 
 
-def _explore_bwd(propose, residuals, dy):
-    looks, places, x = residuals
-    seed = looks.ravel()[0] if looks.size else jnp.zeros(())
-
-    def look():
-        key = jax.random.key(jax.lax.bitcast_convert_type(seed, jnp.uint32))
-        return best(places, *propose(key, places, x, dy))
-
-    nothing = jnp.zeros((*places.shape[:-1], places.shape[-1] + 1)), jnp.zeros_like(looks)
-    found = jax.lax.cond(seed != 0, look, lambda: nothing)
-    return *found, None, None, dy
+def _jvp(primals, tangents, *, look):
+    tangents = map(ad.instantiate_zeros, tangents[:3])
+    return _explore.bind(*primals, look=look), _explore.bind(*tangents, *primals[3:], look=look)
 
 
-_explore.defvjp(_explore_fwd, _explore_bwd)
+def _transpose(dy, jumped, looks, y, *known, look):
+    gradients = [None] * 3 if isinstance(dy, ad.Zero) else [*look(dy, *known), dy]
+    asked = map(ad.is_undefined_primal, (jumped, looks, y))
+    return [g if a else None for g, a in zip(gradients, asked, strict=True)] + [None] * len(known)
+
+
+def _batch(operands, axes, *, look):
+    size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+    linear = [
+        jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
+        for x, a in zip(operands[:3], axes[:3], strict=True)
+    ]
+    look = jax.vmap(look, in_axes=(0, *axes[3:]))
+    return _explore.bind(*linear, *operands[3:], look=look), 0
+
+
+ad.primitive_jvps[_explore] = _jvp
+ad.primitive_transposes[_explore] = _transpose
+batching.primitive_batchers[_explore] = _batch
 
 
 def best(

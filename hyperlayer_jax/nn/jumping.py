@@ -84,6 +84,7 @@ class JumpState(NamedTuple):
     """What `jumps` remembers; lists have an entry for each `PlacedTuples`.
 
     Attributes:
+      key: a PRNG key; with the number of the step, it decides what is random.
       step: int32, how many updates there have been.
       squares: means of the squared gradients of values.
       doubtful: which tuples had their values taken away for the next step.
@@ -91,6 +92,7 @@ class JumpState(NamedTuple):
       inner: state of the optimizer.
     """
 
+    key: jax.Array
     step: jax.Array
     squares: list[jax.Array]
     doubtful: list[jax.Array]
@@ -157,6 +159,7 @@ def jumps(
     def init(params):
         values = select(params, "values")
         return JumpState(
+            key=jnp.copy(key),
             step=jnp.zeros((), jnp.int32),
             squares=[jnp.zeros_like(value, jnp.float32) for value in values],
             doubtful=[jnp.zeros_like(value, bool) for value in values],
@@ -202,7 +205,7 @@ def jumps(
             return places, new, squares, inner
 
         to, values_, squares, inner = jax.lax.cond(looks(step), decide, proceed)
-        first, *keys = jax.random.split(jax.random.fold_in(key, step), 1 + len(paths))
+        first, *keys = jax.random.split(jax.random.fold_in(state.key, step), 1 + len(paths))
         next_ = looks(step + 1)
 
         def doubt():
@@ -229,7 +232,7 @@ def jumps(
             | {(*path, "looks"): seed - leaves[*path, "looks"] for path, seed in seeds.items()}
         )
         updates = _replace(updates, changes[1] | own)
-        return updates, JumpState(step + 1, squares, doubtful, values_, inner)
+        return updates, JumpState(state.key, step + 1, squares, doubtful, values_, inner)
 
     return type(optimizer)(init, update)
 
