@@ -20,7 +20,12 @@ def only_try() -> None:
 
 
 def in_float32(contender: Contender) -> Callable[[], Any]:
-    """What the contender computes on float32 operands, without shortcuts of the hardware."""
+    """What the contender computes on float32 operands, without shortcuts of the hardware.
+
+    On a GPU without Triton's matrix products, which take a minute to compile for float32.
+    """
+    on_gpu = jax.default_backend() == "gpu"
+    options = {"xla_gpu_enable_triton_gemm": False} if on_gpu else None
 
     def run():
         arguments = jax.tree.map(
@@ -28,7 +33,7 @@ def in_float32(contender: Contender) -> Callable[[], Any]:
             contender.arguments,
         )
         with jax.default_matmul_precision("highest"):
-            return jax.jit(contender.function)(*arguments)
+            return jax.jit(contender.function, compiler_options=options)(*arguments)
 
     return run
 
@@ -56,10 +61,10 @@ def agreement(run: Callable[[int], Any], result: Any, expected: Any) -> dict[str
     return figures
 
 
-def agrees(figures: dict[str, Any], dtype: str, implementation: str | None) -> bool:
-    """Whether what `agreement` found is within the limits of `dtype`, for this backend."""
+def agrees(figures: dict[str, Any], dtype: str, contender: Contender) -> bool:
+    """Whether what `agreement` found of a contender is within the limits of `dtype`."""
     errors = figures.get("relative_errors", ())
-    repeats = figures["same_bits"] or adds_in_any_order(implementation)
+    repeats = figures["same_bits"] or adds_in_any_order(contender)
     return repeats and all(error < _MAX_ERROR[dtype] for error in errors)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.accuracy import in_float32
 from benchmarks.contenders import PLAIN, Contender, by_name, with_gradients
-from benchmarks.timing import compare
+from benchmarks.timing import compare_all
 from hyperlayer_jax import kernels
 
 WIDTH, BLOCK = 64, 64
@@ -103,11 +103,23 @@ def _by_key(q, k, v, indices, log_weights):
 
 
 def _at_all_lengths(name, small):
-    heads, dtype = heads_and_dtype()
     lengths = (_SMALL,) if small else _LENGTHS[jax.default_backend()]
-    yield from overtaking(
-        case for length in lengths for case in _both_ways(name, heads, length, dtype)
-    )
+    yield from overtaking(case for cases in _rounds(name, lengths) for case in compare_all(cases))
+
+
+def _rounds(name, lengths):
+    """Yields cases that are compiled together: what is chosen against dense attention, which is
+    there in seconds; then against other backends and plain JAX, which may take a minute."""
+    heads, dtype = heads_and_dtype()
+    drawn = {length: operands(name, heads, length, dtype) for length in lengths}
+    ours = {length: contenders(name, arguments) for length, arguments in drawn.items()}
+    chosen, dense = f"{name}_attention", {}
+    for length, arguments in drawn.items():
+        rivals = _dense(arguments[:3], _seen(name, arguments))
+        dense |= _both_ways(name, arguments, {chosen: ours[length][chosen]} | rivals)
+    yield dense
+    for length, arguments in drawn.items():
+        yield _both_ways(name, arguments, ours[length], ours[length]["gather + einsum"])
 
 
 def overtaking(cases: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | str]:
@@ -129,21 +141,30 @@ def overtaking(cases: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | str
         yield f"{name}: faster than {rival} {where}"
 
 
-def _both_ways(name, heads, length, dtype):
-    """Forward, then forward + backward in q, k, v and the log weights."""
-    arguments = operands(name, heads, length, dtype)
-    every = contenders(name, arguments)
-    plain = every["gather + einsum"]
-    seen = arguments[3].shape[-1] * (BLOCK if name == "block" else 1)
-    every |= _dense(arguments[:3], seen)
-    flops = 4 * heads * length * seen * WIDTH
-    yield from compare(f"{name} forward t={length}", every, flops=flops, expected=in_float32(plain))
-    yield from compare(
-        f"{name} forward + backward t={length}",
-        with_gradients(every),
-        flops=3.5 * flops,
-        expected=in_float32(plain.with_gradients()),
-    )
+def _seen(name, arguments):
+    """How many keys a query sees."""
+    return arguments[3].shape[-1] * (BLOCK if name == "block" else 1)
+
+
+def _both_ways(name, arguments, every, exact=None):
+    """Forward, then forward + backward in q, k, v and the log weights: what `compare_all` takes."""
+    heads, length, _ = arguments[0].shape
+    flops = 4 * heads * length * _seen(name, arguments) * WIDTH
+    ways = {
+        "forward": (every, exact, flops),
+        "forward + backward": (
+            with_gradients(every),
+            exact and exact.with_gradients(),
+            3.5 * flops,
+        ),
+    }
+    return {
+        f"{name} {way} t={length}": (
+            every,
+            {"flops": flops, "expected": exact and in_float32(exact)},
+        )
+        for way, (every, exact, flops) in ways.items()
+    }
 
 
 def _dense(qkv, seen):

@@ -19,7 +19,7 @@ from benchmarks import report
 from benchmarks.accuracy import in_float32
 from benchmarks.attention import WIDTH, heads_and_dtype, overtaking
 from benchmarks.contenders import Contender, with_gradients
-from benchmarks.timing import compare
+from benchmarks.timing import compare_all
 from hyperlayer_jax.nn import SparseSelfAttention
 
 _LENGTHS = {
@@ -52,33 +52,43 @@ def cases(small: bool = False) -> Iterator[dict[str, Any] | str]:
 def _cases(small):
     on_cpu = jax.default_backend() == "cpu"
     heads, dtype = (1, jnp.bfloat16) if small and on_cpu else heads_and_dtype()
-    for length in (_SMALL,) if small else _LENGTHS[jax.default_backend()]:
-        for ours, *rivals in [("block", "dense")] if small else _groups(length, on_cpu):
-            kinds = {
-                kind: _layer(kind, heads, length, dtype, same=kind == ours)
+    for checked, way, kinds_at in _rounds(small, on_cpu):
+        cases = {}
+        for length, (ours, *rivals) in kinds_at.items():
+            layers = {
+                f"{kind} module": _layer(kind, heads, length, dtype, same=kind == ours)
                 for kind in (ours, *rivals)
             }
-            exact = _layer(ours, heads, length, jnp.float32)
-            ways = {"forward + backward": with_gradients(kinds)}
-            if not on_cpu:
-                ways = {"forward": kinds} | ways
-            for way, layers in ways.items():
-                checked = length <= _MAX_PLAIN_LENGTH and way != "forward"
-                yield from compare(
-                    f"{ours} module {way} t={length}",
-                    {f"{kind} module": layer for kind, layer in layers.items()},
-                    expected=in_float32(exact.with_gradients()) if checked else None,
-                )
+            exact = None
+            if checked and length <= _MAX_PLAIN_LENGTH:
+                exact = in_float32(_layer(ours, heads, length, jnp.float32).with_gradients())
+            layers = layers if way == "forward" else with_gradients(layers)
+            cases[f"{ours} module {way} t={length}"] = layers, {"expected": exact}
+        yield from compare_all(cases)
 
 
-def _groups(length, on_cpu):
-    """Our layer and its rivals. On a CPU one rival at a time: gigabytes that a dense layer has just
-    given back slow down its peers."""
-    if not on_cpu:
-        return [("block", "learned", "content", "window", "dense")]
-    if length > _MAX_PLAIN_LENGTH:
-        return [("learned", "window"), ("content", "window")]
-    return [("learned", "window"), *((ours, "dense") for ours in ("learned", "block", "content"))]
+def _rounds(small, on_cpu):
+    """Yields whether results are checked, a way, and kinds of layers by length, ours first.
+
+    Rounds of a GPU are compiled as a whole, what users ask for first. On a CPU there is one rival
+    at a time: gigabytes that a dense layer has just given back slow down its peers.
+    """
+    both, lengths = "forward + backward", _LENGTHS[jax.default_backend()]
+    if small:
+        yield True, both, {_SMALL: ("block", "dense")}
+    elif not on_cpu:
+        yield False, both, dict.fromkeys(lengths, ("block", "window", "dense"))
+        yield True, both, dict.fromkeys(lengths, ("block", "learned", "content"))
+        every = "block", "learned", "content", "window", "dense"
+        yield False, "forward", dict.fromkeys(lengths, every)
+    else:
+        for length in lengths:
+            yield True, both, {length: ("learned", "window")}
+            if length > _MAX_PLAIN_LENGTH:
+                yield True, both, {length: ("content", "window")}
+                continue
+            for ours in ("learned", "block", "content"):
+                yield True, both, {length: (ours, "dense")}
 
 
 def _layer(kind, heads, length, dtype, same=True):

@@ -12,6 +12,7 @@ eleven runs (unless it is known to add in any order), and faster than plain JAX.
 import concurrent.futures
 import functools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +67,7 @@ def compare(
     expected: Callable[[], Any] | None = None,
     nbytes: int | None = None,
     flops: int = 0,
+    prepared: dict[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Times the first contender against each of the others.
 
@@ -75,13 +77,15 @@ def compare(
       expected: makes what the first should give, and all that compute the `same`.
       nbytes: read and written at least; by default the arguments and results of the first.
       flops: done at least.
+      prepared: what `prepare` returns of the contenders; by default they are prepared here.
 
     Yields:
       A case for each rival: times in ms (medians), compilation, temporary memory, errors, kernels.
       What is known of the rival bears the prefix `rival_`.
     """
     begin()
-    runs, results, spent, programs = _first_runs(contenders)
+    prepared = prepare(contenders) if prepared is None else prepared
+    runs, results, spent, programs = _first_runs(prepared)
     ours, *rivals = contenders
     if ours not in results:
         yield {"name": name, "rival": None, **dict.fromkeys(_FIGURES), **spent[ours]}
@@ -139,17 +143,34 @@ def compare(
         }
         implementation = contenders[rival].implementation
         if implementation not in (None, *PLAIN) and fits and plain:
-            agreed = agrees(spent[rival], dtype, implementation)
+            agreed = agrees(spent[rival], dtype, contenders[rival])
             row["rival_passes"] = agreed and seconds[rival] < plain[0]
         yield row
 
 
-def _first_runs(contenders):
+def compare_all(cases: dict[str, tuple[dict[str, Contender], dict[str, Any]]]) -> Iterator:
+    """`compare` of several cases by name, each contenders and keywords.
+
+    All programs are compiled side by side first, but on a CPU, where each case has the memory to
+    itself.
+    """
+    begin()
+    prepared = {}
+    if jax.default_backend() != "cpu":
+        every = {name: contenders for name, (contenders, _) in cases.items()}
+        flat = {(name, label): each for name in every for label, each in every[name].items()}
+        ready = prepare(flat)
+        prepared = {name: {label: ready[name, label] for label in every[name]} for name in every}
+    for name, (contenders, options) in cases.items():
+        yield from compare(name, contenders, **options, prepared=prepared.pop(name, None))
+
+
+def _first_runs(every):
     """Of each contender by label: its run, first result, what it took, and its program.
 
     One that fails has only its error, in the third."""
     runs, results, spent, programs = {}, {}, {}, {}
-    for label, prepared in prepare(contenders).items():
+    for label, prepared in every.items():
         try:
             if isinstance(prepared, Exception):
                 raise prepared
@@ -165,7 +186,7 @@ def _first_runs(contenders):
 _FIGURES = ("ms", "rival_ms", "speedup", "max_difference", "floor_ms", "floor_fraction")
 
 
-def prepare(contenders: dict[str, Contender]) -> dict[str, tuple[Any, Any, Any] | Exception]:
+def prepare(contenders: dict[Any, Contender]) -> dict[Any, tuple[Any, Any, Any] | Exception]:
     """Traces contenders one by one, and compiles each program once: side by side, but on a CPU.
 
     Returns:
@@ -173,7 +194,7 @@ def prepare(contenders: dict[str, Contender]) -> dict[str, tuple[Any, Any, Any] 
       `temporary_mb`, the most memory that it needs beside arguments and results; its text, the
       compiled program and its arguments.
     """
-    workers = 1 if jax.default_backend() == "cpu" else max(1, len(contenders))
+    workers = 1 if jax.default_backend() == "cpu" else os.cpu_count()
     compiling, traced = {}, {}
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         for label, contender in contenders.items():

@@ -140,15 +140,25 @@ def nearest_keys(
         coordinates = jnp.where(mask, last, jnp.nan)
     if size == 0:
         return jnp.full((*means.shape, count), -1, jnp.int32)
-    exists = jnp.ones(coordinates.shape, bool) if mask is None else mask
     if limits is None:
-        search = lift("(s),(s),(t)->(t,p)")(functools.partial(_among_all, count))
-        return search(coordinates, exists, means)
+        number = jnp.full(means.shape, size, jnp.int32)
+        if mask is not None:
+            number = jnp.broadcast_to(mask.sum(-1, keepdims=True, dtype=jnp.int32), means.shape)
+        search = lift("(s),(t),(t)->(t,p)")(functools.partial(_among_all, count))
+        return search(coordinates, means, number)
     checks.check_indices("limits", limits, 1, "[t]")
     if limits.shape != means.shape[-1:]:
         raise ValueError(f"limits: got shape {limits.shape}, want {means.shape[-1:]}")
-    search = lift("(s),(s),(t),(t)->(t,p)")(functools.partial(_among_first, count))
-    return search(coordinates, exists, means, jnp.broadcast_to(limits, means.shape))
+    limits = jnp.broadcast_to(limits, means.shape)
+    number = limits if mask is None else _of_the_first(mask, limits)
+    search = lift("(s),(t),(t),(t)->(t,p)")(functools.partial(_among_first, count))
+    return search(coordinates, means, limits, number)
+
+
+@lift("(s),(t)->(t)")
+def _of_the_first(exists, limits):
+    """How many of the first few keys exist."""
+    return _at(jnp.pad(jnp.cumsum(exists, dtype=jnp.int32), (1, 0)), limits)
 
 
 def _at(table, places):
@@ -167,16 +177,15 @@ def _wanted(below, number, count):
     return jnp.where(exists, ranks, 0), exists
 
 
-def _among_all(count, coordinates, exists, means):
+def _among_all(count, coordinates, means, number):
     keys = jnp.arange(coordinates.size, dtype=jnp.int32)
     values, order = jax.lax.sort_key_val(coordinates, keys)
     below = jnp.searchsorted(values, means).astype(jnp.int32)
-    number = jnp.broadcast_to(exists.sum(dtype=jnp.int32), below.shape)
     ranks, found = _wanted(jnp.minimum(below, number), number, count)
     return jnp.where(found, _at(order, ranks), -1)
 
 
-def _among_first(count, coordinates, exists, means, limits):
+def _among_first(count, coordinates, means, limits, number):
     """By a tree over ranks: a node has the keys of 2^b consecutive ranks, in their own order.
 
     All nodes of a level are one array of keys, and one of how many of the keys before each place
@@ -219,8 +228,6 @@ def _among_first(count, coordinates, exists, means, limits):
         descend, (ranks, (zeros, limits, zeros)), halves
     )
     below = below + jnp.where(_at(values, leaf) < means, inside, 0)
-    numbers = jnp.pad(jnp.cumsum(exists, dtype=jnp.int32), (1, 0))
-    number = _at(numbers, limits)
     wanted, found = _wanted(jnp.minimum(below, number), number, count)
 
     def select(state, level):

@@ -4,7 +4,7 @@
 
 - "reference": the meaning of the operation, plain JAX that is good on any device;
 - "cpu": the same, made fast where XLA on CPU needs help;
-- "mosaic_gpu", "mosaic_gpu_ahead", "triton", "tpu": Pallas kernels.
+- "mosaic_gpu", "triton", "tpu": Pallas kernels.
 
 None takes a kernel where `FASTER` has a line for the device, and plain JAX elsewhere: "cpu" on
 CPUs, if there is one, and "reference" on other devices. Where a named kernel is lowered for a CPU,
@@ -38,7 +38,7 @@ SERVES = {
     "shares": ("reference", "cpu"),
     "duplicate_mask": ("reference", "cpu"),
     "gathered_attention": ("reference", "triton", "tpu"),
-    "block_attention": ("reference", "mosaic_gpu", "mosaic_gpu_ahead", "tpu"),
+    "block_attention": ("reference", "mosaic_gpu", "tpu"),
     "masked_block_attention": ("reference", "mosaic_gpu"),
 }
 _FOLDERS = dict.fromkeys(("redistribute", "shares", "duplicate_mask"), "redistribution")
@@ -46,13 +46,8 @@ _FOLDERS |= dict.fromkeys(
     ("gathered_attention", "block_attention", "masked_block_attention"), "attention"
 )
 _PLAIN = ("reference", "cpu")
-_PLATFORMS = {
-    "mosaic_gpu": ("cuda",),
-    "mosaic_gpu_ahead": ("cuda",),
-    "triton": ("cuda", "rocm"),
-    "tpu": ("tpu",),
-}
-INTERPRETED_WITH_EFFECTS = ("mosaic_gpu", "mosaic_gpu_ahead")
+_PLATFORMS = {"mosaic_gpu": ("cuda",), "triton": ("cuda", "rocm"), "tpu": ("tpu",)}
+INTERPRETED_WITH_EFFECTS = ("mosaic_gpu",)
 BACKENDS = (*_PLAIN, *_PLATFORMS)
 
 # The kernels that `implementation=None` takes, by the beginning of the name of the device (its

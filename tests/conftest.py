@@ -69,6 +69,12 @@ def pytest_configure(config):
         hypothesis.settings.load_profile("quick")
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Processes that share a run have to give a test the same name: bytes may hold the time."""
+    if isinstance(val, bytes):
+        raise pytest.UsageError(f"{argname}: bytes name no test, want an id")
+
+
 def _needs_a_cpu(item):
     """Why a test can only run where no accelerator is; empty where it can run on one."""
     if item.path.name.startswith("test_aot"):
@@ -79,6 +85,8 @@ def _needs_a_cpu(item):
 
 
 def pytest_collection_modifyitems(config, items):
+    if unstable := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"names of tests hold addresses: {', '.join(unstable)}")
     if jax.default_backend() != "cpu":
         for item in items:
             if reason := _needs_a_cpu(item):

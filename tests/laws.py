@@ -100,16 +100,22 @@ def equations(jaxpr):
     """Every equation of a jaxpr, those of inner jaxprs and of the library's primitives included."""
     for equation in jaxpr.eqns:
         yield equation
-        if equation.primitive in EVALUATE:
-            evaluate = functools.partial(
-                EVALUATE[equation.primitive], platform="cpu", partitioned=False, **equation.params
-            )
-            operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
-            yield from equations(jax.make_jaxpr(evaluate)(*operands).jaxpr)
-        for leaf in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
-            inner = getattr(leaf, "jaxpr", leaf)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
+        for inner in nested(equation):
+            yield from equations(inner)
+
+
+def nested(equation, platform="cpu"):
+    """The jaxprs in an equation; of a primitive of the library, what it is on a platform."""
+    if equation.primitive in EVALUATE:
+        evaluate = functools.partial(
+            EVALUATE[equation.primitive], platform=platform, partitioned=False, **equation.params
+        )
+        operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+        yield jax.make_jaxpr(evaluate)(*operands).jaxpr
+    for leaf in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
+        inner = getattr(leaf, "jaxpr", leaf)
+        if hasattr(inner, "eqns"):
+            yield inner
 
 
 def program(function, *args):

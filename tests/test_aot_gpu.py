@@ -34,13 +34,12 @@ GATHERED = {
     "large": ((), jnp.float32, 4096, 4096, 64, 256, 200),
 }
 # Members of the batch, queries, keys, features, features of values; block, entries, whether causal
-# and masked, and the backend.
+# and masked.
 BLOCKS = {
-    "one tile to a block": (2, 512, 1024, 64, 64, 64, 3, False, False, "mosaic_gpu"),
-    "four tiles to a block": (1, 512, 512, 128, 128, 128, 2, True, False, "mosaic_gpu"),
-    "long": (8, 65536, 65536, 64, 128, 64, 16, True, False, "mosaic_gpu"),
-    "masked": (8, 4096, 4096, 128, 64, 64, 16, True, True, "mosaic_gpu"),
-    "ahead": (8, 65536, 65536, 64, 128, 64, 16, True, False, "mosaic_gpu_ahead"),
+    "one tile to a block": (2, 512, 1024, 64, 64, 64, 3, False, False),
+    "four tiles to a block": (1, 512, 512, 128, 128, 128, 2, True, False),
+    "long": (8, 65536, 65536, 64, 128, 64, 16, True, False),
+    "masked": (8, 4096, 4096, 128, 64, 64, 16, True, True),
 }
 # Members of the batch, rows, entries of a row, columns, features, dtype.
 PRODUCTS = {
@@ -130,7 +129,7 @@ def test_triton_under_shard_map(device):
 
 @pytest.mark.parametrize("shape", BLOCKS)
 def test_mosaic_gpu(device, shape):
-    b, t, s, d, e, block, p, causal, masked, implementation = BLOCKS[shape]
+    b, t, s, d, e, block, p, causal, masked = BLOCKS[shape]
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((b, *shape), dtype)
@@ -145,7 +144,7 @@ def test_mosaic_gpu(device, shape):
             causal=causal,
             scale=d**-0.5,
             mask=mask[0] if mask else None,
-            implementation=implementation,
+            implementation="mosaic_gpu",
         )
 
     rows = t // block

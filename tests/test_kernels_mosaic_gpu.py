@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hyperlayer_jax import kernels
-from hyperlayer_jax.kernels.attention import mosaic_gpu, mosaic_gpu_ahead, reference
+from hyperlayer_jax.kernels.attention import mosaic_gpu, reference
 
 # Members of the batch, block, features of keys and values, entries, causal, and whether masked.
 CASES = {
@@ -114,12 +114,12 @@ def test_agrees_with_the_oracle_and_gradients_with_plain_jax(case):
 
 @pytest.mark.slow
 @interpreted_or_real
-def test_gives_the_same_bits_twice_and_under_a_mask_that_hides_nothing_and_with_scores_ahead():
+def test_gives_the_same_bits_twice_and_under_a_mask_that_hides_nothing():
     floats, indices, _, sizes = example("causal")
     mask = jnp.ones(floats[1].shape[:2], bool)
     expected = attend(mosaic_gpu, floats, indices, [], sizes)
-    for module, masks in ((mosaic_gpu, []), (mosaic_gpu, [mask]), (mosaic_gpu_ahead, [])):
-        actual = attend(module, floats, indices, masks, sizes)
+    for masks in ([], [mask]):
+        actual = attend(mosaic_gpu, floats, indices, masks, sizes)
         jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 

@@ -123,10 +123,10 @@ def test_counting_finds_what_there_is_to_count():
     assert abs(bits["unigram"] - 2) < 0.02 and abs(bits["bigram"] - 2) < 0.02
 
 
-@pytest.mark.parametrize("opened", [gzip.open, bz2.open, lzma.open], ids=str)
-def test_a_compressed_text_is_unpacked(opened, tmp_path):
+@pytest.mark.parametrize("module", [gzip, bz2, lzma], ids=lambda module: module.__name__)
+def test_a_compressed_text_is_unpacked(module, tmp_path):
     path = tmp_path / "a text"
-    with opened(path, "wb") as file:
+    with module.open(path, "wb") as file:
         file.write(b"to be " * 50)
     assert b"".join(part.tobytes() for part in text.load(str(path))[:3]) == b"to be " * 50
     path.write_bytes(path.read_bytes()[:-9])

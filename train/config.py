@@ -29,7 +29,7 @@ _BOUNDS = (
 DISTRIBUTED = re.compile(r"auto|[^,]+:\d+,[1-9]\d*,\d+")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
-Implementation = Literal["reference", "cpu", "mosaic_gpu", "mosaic_gpu_ahead", "triton", "tpu"]
+Implementation = Literal["reference", "cpu", "mosaic_gpu", "triton", "tpu"]
 
 
 Only = Container | Callable[[Any], Any]

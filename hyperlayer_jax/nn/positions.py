@@ -177,7 +177,7 @@ class LearnedPositions(nnx.Module):
         self, x: jax.Array, rows: jax.Array, total: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """`context_mean` of tokens x [B, T, E] at `rows` int32 [T], and the sum with them in it."""
-        sums = total[:, None] + _running_sum(self._read(x))
+        sums = total[:, None] + jnp.cumsum(self._read(x), 1)
         return sums / (rows + 1).astype(sums.dtype)[None, :, None], sums[:, -1]
 
     def raw(self, x: jax.Array, context_mean: jax.Array, rows: jax.Array) -> jax.Array:
@@ -197,12 +197,16 @@ class LearnedPositions(nnx.Module):
 
     def _context_mean(self, x, mask):
         """What the network reads of the tokens x [B, T, E] that each may see: [B, T, HIDDEN]."""
-        exists = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
-        read = self._read(x) * exists[..., None]
+        read = self._read(x)
+        # A compiler would count up ones, for a minute.
+        count = 1 + jnp.arange(x.shape[1], dtype=jnp.float32)[None]
+        if mask is not None:
+            exists = mask.astype(jnp.float32)
+            read, count = read * exists[..., None], jnp.cumsum(exists, 1)
         if self.free.line.causal:
-            total, count = _running_sum(read), _running_sum(exists)
+            total = jnp.cumsum(read, 1)
         else:
-            total, count = read.sum(1, keepdims=True), exists.sum(1, keepdims=True)
+            total, count = read.sum(1, keepdims=True), count[:, -1:]
         return jnp.broadcast_to(total / jnp.maximum(count, 1)[..., None], read.shape)
 
     def _read(self, x):
@@ -262,11 +266,6 @@ def _sigmas(raw, shape, min_sigma):
 def _raw_sigmas(share: np.ndarray) -> jax.Array:
     """Parameters whose sigmas are these parts of the index space: the inverse of `_sigmas`."""
     return jnp.asarray(np.log(np.expm1(share / _SIGMA_SCALE)) / _SIGMA_GAIN, jnp.float32)
-
-
-def _running_sum(x: jax.Array) -> jax.Array:
-    """The sum over axis 1 up to each place."""
-    return jax.lax.associative_scan(jnp.add, x, axis=1)
 
 
 def _float32(x: jax.Array) -> jax.Array:

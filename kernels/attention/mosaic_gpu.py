@@ -58,13 +58,13 @@ def lacks(_, q, k, v, *operands, block, causal, scale):
 def block_attention(q, k, v, block_indices, log_weights, *, interpret, **sizes):
     """Of one batch axis."""
     del interpret
-    return _attention(_forward_kernel, q, k, v, [], block_indices, log_weights, **sizes)
+    return _attention(q, k, v, [], block_indices, log_weights, **sizes)
 
 
 def masked_block_attention(q, k, v, block_indices, log_weights, mask, *, interpret, **sizes):
     """The same over the keys that `mask` bool [b,s] allows."""
     del interpret
-    return _attention(_forward_kernel, q, *_hide(k, v, mask), block_indices, log_weights, **sizes)
+    return _attention(q, *_hide(k, v, mask), block_indices, log_weights, **sizes)
 
 
 def block_attention_grad(q, k, v, block_indices, log_weights, *others, interpret, **sizes):
@@ -87,12 +87,12 @@ def _hide(k, v, mask):
     return k, v, [jnp.where(mask, jnp.float32(0), -jnp.inf)]
 
 
-def _attention(kernel, q, k, v, hidden, block_indices, log_weights, *, block, causal, scale):
+def _attention(q, k, v, hidden, block_indices, log_weights, *, block, causal, scale):
     """The result, and the log-sum-exp of the logits of each query; `hidden` is of `_hide`."""
     entries = _entries(block_indices, log_weights, k.shape[1], block, causal)
     (b, t, _), e = q.shape, v.shape[2]
     return _call(
-        functools.partial(kernel, causal=causal),
+        functools.partial(_forward_kernel, causal=causal),
         [((b, t, e), q.dtype), ((b, t), jnp.float32)],
         _by_query(*entries),
         own=[scaled(q, scale)],

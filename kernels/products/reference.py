@@ -5,14 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ..numerics import accumulator, dot, gather_rows, in_bounds, scatter_rows
+from ..numerics import accumulator, dot, in_bounds, nearest_rows, scatter_rows
 
 
 @functools.partial(jnp.vectorize, signature="(i,p),(i,p),(j,d)->(i,d)")
 def ell_spmm(indices: jax.Array, values: jax.Array, dense: jax.Array) -> jax.Array:
     """out[i] = sum over q of values[i, q] dense[indices[i, q]]."""
-    values = jnp.where(in_bounds(indices, dense.shape[0]), values, 0)
-    return dot("ip,ipd->id", values, gather_rows(dense, indices)).astype(dense.dtype)
+    dtype = accumulator(dense.dtype)
+    present = in_bounds(indices, dense.shape[0])[:, :, None]
+    products = values.astype(dtype)[:, :, None] * nearest_rows(dense, indices).astype(dtype)
+    return jnp.where(present, products, 0).sum(1).astype(dense.dtype)
 
 
 def ell_spmm_transposed(
@@ -33,7 +35,7 @@ def ell_spmm_transposed(
 @functools.partial(jnp.vectorize, signature="(i,p),(i,d),(j,d)->(i,p)")
 def ell_sddmm(indices: jax.Array, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """out[i, q] = lhs[i] . rhs[indices[i, q]]."""
-    dots = dot("id,ipd->ip", lhs, gather_rows(rhs, indices))
+    dots = dot("id,ipd->ip", lhs, nearest_rows(rhs, indices))
     return jnp.where(in_bounds(indices, rhs.shape[0]), dots, 0).astype(lhs.dtype)
 
 
@@ -45,8 +47,9 @@ def spmm(
     @functools.partial(jnp.vectorize, signature="(n),(n),(n),(j,d)->(i,d)")
     def scatter(rows, cols, values, dense):
         dtype = accumulator(dense.dtype)
-        values = jnp.where(in_bounds(cols, dense.shape[0]), values, 0).astype(dtype)
-        updates = values[:, None] * gather_rows(dense, cols).astype(dtype)
+        present = in_bounds(cols, dense.shape[0])[:, None]
+        updates = values.astype(dtype)[:, None] * nearest_rows(dense, cols).astype(dtype)
+        updates = jnp.where(present, updates, 0)
         out = jnp.zeros_like(updates, shape=(num_rows, dense.shape[1]))
         return scatter_rows(rows, updates, out).astype(dense.dtype)
 
@@ -56,7 +59,7 @@ def spmm(
 @functools.partial(jnp.vectorize, signature="(n),(n),(i,d),(j,d)->(n)")
 def sddmm(rows: jax.Array, cols: jax.Array, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """out[n] = lhs[rows[n]] . rhs[cols[n]]."""
-    dots = dot("nd,nd->n", gather_rows(lhs, rows), gather_rows(rhs, cols))
+    dots = dot("nd,nd->n", nearest_rows(lhs, rows), nearest_rows(rhs, cols))
     present = in_bounds(rows, lhs.shape[0]) & in_bounds(cols, rhs.shape[0])
     return jnp.where(present, dots, 0).astype(lhs.dtype)
 
