@@ -133,7 +133,7 @@ def zoology(
     keys_key, values_key, gaps_key, key = jax.random.split(key, 4)
 
     def choose(key, scores):
-        return jax.lax.top_k(scores + jax.random.gumbel(key, (count, scores.size)), pairs)[1]
+        return jax.lax.top_k(scores[None] + jax.random.gumbel(key, (count, scores.size)), pairs)[1]
 
     keys = 1 + choose(keys_key, jnp.zeros(half - 1))
     values = half + choose(values_key, jnp.zeros(half))

@@ -8,9 +8,10 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import accuracy, contenders, device, known, report, table, timing
+from benchmarks import accuracy, contenders, device, known, recall, report, table, timing
 from benchmarks.contenders import PLAIN, Contender
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -261,3 +262,24 @@ def test_a_few_of_ten_thousand_inputs_are_found(bed):
     with jax.numpy_dtype_promotion("standard"):
         result = known.run(bed(0, 10_000, 10), 0, steps=200, every=4)
     assert result["found"] == result["of"] == 100 and result["error"] < 1e-3
+
+
+def test_zoology_asks_for_every_key_once_and_answers_with_its_value():
+    draw = jax.jit(recall.zoology, static_argnames=("count", "length", "pairs", "total"))
+    drawn = draw(jax.random.key(0), count=5, length=40, pairs=8, total=48)
+    tokens, answers = map(np.asarray, drawn)
+    assert tokens.shape == answers.shape == (5, 48) and not tokens[:, 40:].any()
+    for token, answer in zip(tokens, answers, strict=True):
+        values = dict(token[:16].reshape(8, 2).tolist())
+        asked = np.flatnonzero(answer >= 0)
+        assert asked.min() >= 16 and len(values) == len(asked) == 8
+        assert set(token[asked]) == set(values)
+        assert answer[asked].tolist() == [values[key] for key in token[asked]]
+
+
+def test_the_needle_is_the_value_after_what_is_asked_for():
+    tokens, answers = map(np.asarray, recall.needle(jax.random.key(0), 6, length=9))
+    assert (answers[:, :-1] == -1).all() and (tokens[:, -1] == 0).all()
+    for token, answer in zip(tokens, answers[:, -1], strict=True):
+        (place,) = np.flatnonzero(token[:-1] == 0)
+        assert token[place + 1] == answer >= 256
