@@ -162,20 +162,29 @@ def zoology_mixture(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     return jax.lax.switch(which, draws, key)
 
 
-def fit(model: TransformerLM, draw: recall.Draw, *, seed: int) -> nnx.State:
-    """Trains a model, as the flags say; returns its state."""
+def fit(models: list[TransformerLM], draw: recall.Draw, *, seed: int) -> list[nnx.State]:
+    """Trains models of one kind side by side, as the flags say; returns their states."""
     given = flags.FLAGS
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef = nnx.split(models[0], nnx.Param, ...)[0]
     optimizer = recall.make_optimizer(given.learning_rate, given.steps)
     loss_fn = recall.make_loss(draw, given.batch_size)
-    advance = jax.jit(updates.make_updates(graphdef, optimizer, loss_fn, None))
-    state = updates.State(jnp.int32(0), params, rest, optimizer.init(params), None)
+    update = updates.make_updates(graphdef, optimizer, loss_fn, None)
+    advance = jax.jit(jax.vmap(update, in_axes=(0, None, 0, None)))
+    states = []
+    for model in models:
+        _, params, rest = nnx.split(model, nnx.Param, ...)
+        states.append(updates.State(jnp.int32(0), params, rest, optimizer.init(params), None))
+    state = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    keys = jax.vmap(jax.random.key)(seed + jnp.arange(len(models)))
     for first in range(0, given.steps, _AT_ONCE):
         stop = min(first + _AT_ONCE, given.steps)
-        state, sums, *_ = advance(state, jnp.int32(stop), jax.random.key(seed), ())
-        row = {name: float(x) / (stop - first) for name, x in sums.items()}
-        print("  step {}: loss {loss:.4f}, accuracy {accuracy:.4f}".format(stop, **row), flush=True)
-    return nnx.merge_state(state.params, state.rest)
+        state, sums, *_ = advance(state, jnp.int32(stop), keys, ())
+        for i in range(len(models)):
+            row = {name: float(x[i]) / (stop - first) for name, x in sums.items()}
+            line = "  seed {}, step {}: loss {loss:.4f}, accuracy {accuracy:.4f}"
+            print(line.format(seed + i, stop, **row), flush=True)
+    trained = nnx.merge_state(state.params, state.rest)
+    return [jax.tree.map(lambda x, i=i: x[i], trained) for i in range(len(models))]
 
 
 def test(model: TransformerLM, draw: recall.Draw, length: int) -> dict[str, float]:
@@ -198,22 +207,19 @@ def main(argv):
     given, cases = flags.FLAGS, []
     draw, tested = _task(given)
     num_tokens = _VOCABULARY if given.task == "zoology" else NUM_TOKENS["recall"]
+    seeds = range(given.seed, given.seed + given.seeds)
     for pattern in given.patterns:
-        for seed in range(given.seed, given.seed + given.seeds):
-            sizes = num_tokens, given.features, given.heads
-            make = functools.partial(make_model, pattern, *sizes, seed=seed)
-            state = fit(make(given.length), draw, seed=seed)
-            for name, length, draw_test in tested:
-                model = make(length)
+        make = functools.partial(make_model, pattern, num_tokens, given.features, given.heads)
+        models = [make(given.length, seed=seed) for seed in seeds]
+        states = fit(models, draw, seed=given.seed)
+        for name, length, draw_test in tested:
+            for seed, state in zip(seeds, states, strict=True):
+                model = make(length, seed=seed)
                 nnx.update(model, state)
                 figures = test(model, draw_test, length)
                 cases.append({"name": f"{pattern}, seed {seed}, {name}", **figures})
-                print(
-                    "{name}: accuracy {accuracy:.4f}, {us_per_token:.3g} us a token".format(
-                        **cases[-1]
-                    ),
-                    flush=True,
-                )
+                line = "{name}: accuracy {accuracy:.4f}, {us_per_token:.3g} us a token"
+                print(line.format(**cases[-1]), flush=True)
     print(json.dumps({"task": given.task, "steps": given.steps, "cases": cases}))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hyperlayer_jax.content import content_points
+from hyperlayer_jax.content import InOrder, content_points
 from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.nn.pattern import Pattern, attend
 from hyperlayer_jax.nn.window import window_columns
@@ -109,36 +109,54 @@ class Content(Pattern):
 
     def pattern(self, layer, tokens):
         coordinates, _ = layer.positions.coordinates(tokens.x)
-        return self._pattern(layer, tokens, coordinates, tokens.x.shape[1])
+        limits = self._limits(tokens) if layer.causal else None
+        return self._pattern(layer, tokens, coordinates, limits=limits)
 
     def init_cache(self, layer, keys):
-        """Coordinates of all tokens, and what the last one says of its successor."""
+        """Coordinates of all tokens, those before the window in order, and what the last one says.
+
+        That is, of its successor.
+        """
         shape = keys.shape[0], layer.positions.num_heads, keys.shape[1], self.num_lines
         coordinates = jnp.zeros(shape, jnp.float32)
-        return coordinates, coordinates[:, :, :1]
+        in_order = InOrder.of(jnp.moveaxis(coordinates, -1, -2), jnp.int32(0))
+        return coordinates, in_order, coordinates[:, :, :1]
 
     def extend(self, layer, tokens, keys, values, state):
-        coordinates, before = state
+        coordinates, in_order, before = state
         new, before = layer.positions.coordinates(tokens.x, before)
         coordinates = jax.lax.dynamic_update_slice_in_dim(coordinates, new, tokens.rows[0], 2)
-        pattern = self._pattern(layer, tokens, coordinates, keys.shape[1])
-        return attend(layer, tokens.query, keys, values, pattern), (coordinates, before)
+        limits = self._limits(tokens)
+        if limits.size == 1:
+            # One more key has left the window.
+            key = jax.lax.dynamic_index_in_dim(coordinates, limits[0] - 1, 2, keepdims=False)
+            in_order = in_order.add(key, limits[0] > 0)
+            options = {"in_order": in_order}
+        else:
+            in_order = InOrder.of(jnp.moveaxis(coordinates, -1, -2), limits[-1])
+            options = {"limits": limits}
+        pattern = self._pattern(layer, tokens, coordinates, **options)
+        out = attend(layer, tokens.query, keys, values, pattern)
+        return out, (coordinates, in_order, before)
 
-    def _pattern(self, layer, tokens, coordinates, length):
-        """The pattern of tokens over `length` keys at coordinates [B, heads, length, l]."""
-        rows, (batch, heads) = tokens.rows, coordinates.shape[:2]
+    def _limits(self, tokens):
+        """How many of the first keys are before the window of each token: int32 [T]."""
+        return jnp.maximum(tokens.rows + 1 - self.window, 0)
+
+    def _pattern(self, layer, tokens, coordinates, **options):
+        """The pattern of tokens over keys at coordinates [B, heads, length, l]."""
+        rows, (batch, heads, length, _) = tokens.rows, coordinates.shape
         near, seen = window_columns(rows, length, window=self.window, causal=layer.causal)
         mask = tokens.mask
         if mask is not None:
             mask = jnp.broadcast_to(mask[:, None], (batch, heads, length))
-        limits = jnp.maximum(rows + 1 - self.window, 0) if layer.causal else None
         found, weights = content_points(
             coordinates,
             layer.positions.means(tokens.x),
             layer.positions.sigmas(batch),
             num_nearest=self.num_nearest,
-            limits=limits,
             mask=mask,
+            **options,
         )
         if not layer.causal:
             # What the window sees is not seen once more.
