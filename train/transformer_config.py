@@ -187,13 +187,12 @@ def make_model(config: Config) -> TransformerLM:
 def _attention(config: Config, *sizes: int, pattern: Pattern, **options: Any) -> DividedAttention:
     """The attention of one layer: flags that are options of its pattern reach this."""
     own = {field.name for field in dataclasses.fields(pattern)} & set(vars(config))
-    layer = DividedAttention(
+    if pattern.draws:
+        names = "num_global", "num_local", "region"
+        options["sampler"] = {name: getattr(config, name) for name in names}
+    return DividedAttention(
         *sizes,
         pattern=dataclasses.replace(pattern, **{name: getattr(config, name) for name in own}),
         implementation=config.implementation,
         **options,
     )
-    # Its own sampler: one made before would take the key that its projections have of a seed.
-    for name in ("num_global", "num_local", "region"):
-        setattr(layer.sampler, name, getattr(config, name))
-    return layer
