@@ -49,15 +49,13 @@ def agreement(run: Callable[[int], Any], result: Any, expected: Any) -> dict[str
     Returns:
       `relative_errors`, of each leaf, in the 2-norm; `same_bits`, in all of eleven runs.
     """
-    figures = {}
+    figures: dict[str, Any] = {}
+    leaves = jax.tree.leaves(result)
     if expected is not None:
-        pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
-        figures["relative_errors"] = [float(f"{_relative_error(x, y):.3g}") for x, y in pairs]
-    figures["same_bits"] = all(
-        bool(jnp.array_equal(x, y, equal_nan=x.dtype != bool))
-        for n in range(1, _runs)
-        for x, y in zip(jax.tree.leaves(run(n)), jax.tree.leaves(result), strict=True)
-    )
+        errors = _relative_errors(leaves, jax.tree.leaves(expected))
+        figures["relative_errors"] = [float(f"{error:.3g}") for error in errors]
+    again = [_same_bits(jax.tree.leaves(run(n)), leaves) for n in range(1, _runs)]
+    figures["same_bits"] = all(map(bool, again))
     return figures
 
 
@@ -69,15 +67,32 @@ def agrees(figures: dict[str, Any], dtype: str, contender: Contender) -> bool:
 
 
 @jax.jit
-def _relative_error(x, y):
-    x, y = x.astype(jnp.float32).ravel(), y.astype(jnp.float32).ravel()
-    return jnp.linalg.norm(x - y) / jnp.maximum(jnp.linalg.norm(y), 1e-30)
+def _relative_errors(results, expected):
+    def error(x, y):
+        x, y = x.astype(jnp.float32).ravel(), y.astype(jnp.float32).ravel()
+        return jnp.linalg.norm(x - y) / jnp.maximum(jnp.linalg.norm(y), 1e-30)
+
+    return [error(x, y) for x, y in zip(results, expected, strict=True)]
+
+
+@jax.jit
+def _same_bits(left, right):
+    pairs = zip(left, right, strict=True)
+    same = [jnp.array_equal(x, y, equal_nan=x.dtype != bool) for x, y in pairs]
+    return jnp.stack(same).all()
 
 
 def difference(result: Any, expected: Any) -> float:
     """The largest between the leaves of two pytrees, however these are cut up."""
-    flat = [
-        np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)])
-        for tree in (result, expected)
-    ]
+    both = [jax.tree.leaves(tree) for tree in (result, expected)]
+    if [x.shape for x in both[0]] == [x.shape for x in both[1]]:
+        return float(_largest_difference(*both))
+    flat = [np.concatenate([np.ravel(x).astype(np.float64) for x in leaves]) for leaves in both]
     return float(np.abs(flat[0] - flat[1]).max(initial=0))
+
+
+@jax.jit
+def _largest_difference(left, right):
+    pairs = zip(left, right, strict=True)
+    each = [jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)) for x, y in pairs]
+    return jnp.stack([x.max(initial=0) for x in each]).max()

@@ -47,6 +47,12 @@ def run(main: Callable[[list[str]], object], *, arguments: int | None = 0) -> No
     app.run(guarded, flags_parser=parse)
 
 
+def line() -> str:
+    """The command that runs, with what XLA is told beside it."""
+    options = [f"XLA_FLAGS={told}"] if (told := os.environ.get("XLA_FLAGS")) else []
+    return " ".join([*options, "python", *sys.orig_argv[1:]])
+
+
 def define_choices(name: str, choices: Sequence[str], help: str) -> None:
     """Defines a flag that takes some of the choices, all by default."""
     flags.DEFINE_list(name, list(choices), f"{help} Some of {','.join(choices)}.")

@@ -80,20 +80,20 @@ def _pytest(part, small):
     return ["-q", "--collect-only"]
 
 
-def run(command: list[str], log: pathlib.Path, seconds: float) -> int | None:
-    """Runs a command, its output added to `log`; ends it after `seconds`, and returns None then."""
+def run(words: list[str], log: pathlib.Path, seconds: float) -> int | None:
+    """Runs a command line, its output added to `log`; ends it after `seconds`: None then."""
     env = os.environ | {
-        "BENCHMARKS_COMMAND": " ".join(["python", *sys.orig_argv[1:]]),
+        "BENCHMARKS_COMMAND": command.line(),
         "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
-    if "pytest" in command:
+    if "pytest" in words:
         # Workers share the memory of the device.
         env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with log.open("ab") as file:
         child = subprocess.Popen(
-            command, stdout=file, stderr=file, env=env, cwd=_ROOT, start_new_session=True
+            words, stdout=file, stderr=file, env=env, cwd=_ROOT, start_new_session=True
         )
         try:
             return child.wait(seconds)

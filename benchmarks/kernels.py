@@ -17,7 +17,7 @@ from jax.experimental import sparse
 from benchmarks import report
 from benchmarks.accuracy import in_float32
 from benchmarks.contenders import Contender, by_name, with_gradients
-from benchmarks.timing import compare
+from benchmarks.timing import compare_all
 from hyperlayer_jax import kernels
 
 # Rows of 10 in 10000 columns; the glimpses of 128 images; attention over 32 of 1024 keys.
@@ -45,17 +45,20 @@ def cases(small: bool = False) -> Iterator[dict[str, Any]]:
     """Products of both layouts, forward and with gradients."""
     like = "cpu" if jax.default_backend() == "cpu" else "gpu"
     for dtype in (jnp.float32,) if like == "cpu" else (jnp.float32, jnp.bfloat16):
-        for shape in (_SMALL_ELL,) if small else _ELL_SHAPES[like]:
-            yield from _ell_cases(dtype, **shape)
-        for shape in (_SMALL_SPMM,) if small else _SPMM_SHAPES[like]:
-            yield from _spmm_cases(dtype, **shape)
+        for cases_of, each, one in (
+            (_ell_cases, _ELL_SHAPES, _SMALL_ELL),
+            (_spmm_cases, _SPMM_SHAPES, _SMALL_SPMM),
+        ):
+            shapes = (one,) if small else each[like]
+            yield from compare_all(
+                {name: case for s in shapes for name, case in cases_of(dtype, **s).items()}
+            )
 
 
 def _ell_cases(dtype, b, i, p, j, d):
     rng = np.random.default_rng(0)
     indices = rng.integers(0, j, (b, i, p), np.int32)
-    values = jnp.asarray(rng.standard_normal((b, i, p)), dtype)
-    dense = jnp.asarray(rng.standard_normal((b, j, d)), dtype)
+    values, dense = _normal(dtype, (b, i, p), (b, j, d))
     rows = np.broadcast_to(np.arange(i, dtype=np.int32)[:, None], (b, i, p))
     entries = [x.reshape(b, i * p) for x in (rows, indices, values)]
 
@@ -70,14 +73,13 @@ def _ell_cases(dtype, b, i, p, j, d):
     floats = values.size + touched * d + b * i * d
     nbytes = floats * values.dtype.itemsize + indices.nbytes
     name = f"ell_spmm {values.dtype.name} b={b} i={i} p={p} j={j} d={d}"
-    yield from _both_ways(name, contenders, entries, dense, i, nbytes)
+    return _both_ways(name, contenders, entries, dense, i, nbytes)
 
 
 def _spmm_cases(dtype, b, i, n, j, d):
     rng = np.random.default_rng(0)
     rows, cols = (rng.integers(0, size, (b, n), np.int32) for size in (i, j))
-    values = jnp.asarray(rng.standard_normal((b, n)), dtype)
-    dense = jnp.asarray(rng.standard_normal((b, j, d)), dtype)
+    values, dense = _normal(dtype, (b, n), (b, j, d))
 
     def scatter(rows, cols, values, dense):
         def one(rows, cols, values, dense):
@@ -91,11 +93,17 @@ def _spmm_cases(dtype, b, i, n, j, d):
     contenders["gather + scatter"] = Contender(scatter, arguments, (2, 3))
     nbytes = sum(x.nbytes for x in arguments) + b * i * d * values.dtype.itemsize
     name = f"spmm {values.dtype.name} b={b} i={i} n={n} j={j} d={d}"
-    yield from _both_ways(name, contenders, (rows, cols, values), dense, i, nbytes)
+    return _both_ways(name, contenders, (rows, cols, values), dense, i, nbytes)
+
+
+def _normal(dtype, *shapes):
+    """Drawn on the device: gigabytes in all."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def _both_ways(name, contenders, entries, dense, num_rows, nbytes):
-    """The case forward, then with gradients: at least twice the bytes, and those of dense."""
+    """The case forward, and with gradients: at least twice the bytes, and those of dense."""
     rows, cols, values = entries
     on_cpu = jax.default_backend() == "cpu"
     exact = next(value for label, value in contenders.items() if label.startswith("gather"))
@@ -112,14 +120,13 @@ def _both_ways(name, contenders, entries, dense, num_rows, nbytes):
     if on_cpu:
         forward["scipy CSR"], both["scipy CSR"] = _scipy(rows, cols, values, dense, num_rows)
     flops = 2 * values.size * d
-    yield from compare(name, forward, nbytes=nbytes, flops=flops, expected=in_float32(exact))
-    yield from compare(
-        f"{name} + backward",
-        both,
-        nbytes=2 * nbytes + dense.nbytes,
-        flops=3 * flops,
-        expected=in_float32(exact.with_gradients()),
-    )
+    options = {"nbytes": nbytes, "flops": flops, "expected": in_float32(exact)}
+    options_of_both = {
+        "nbytes": 2 * nbytes + dense.nbytes,
+        "flops": 3 * flops,
+        "expected": in_float32(exact.with_gradients()),
+    }
+    return {name: (forward, options), f"{name} + backward": (both, options_of_both)}
 
 
 def _bcoo(num_rows, rows, cols, values, dense):

@@ -56,13 +56,12 @@ def main(**suites: Suite) -> None:
 def made_with() -> dict[str, Any]:
     """Where, when and by which command results are made."""
     cores = f", {os.cpu_count()} cores" if jax.default_backend() == "cpu" else ""
-    # `benchmarks.device` names itself in the environment of what it runs.
-    command = " ".join(["python", *sys.orig_argv[1:]])
     return {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind + cores,
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "command": os.environ.get("BENCHMARKS_COMMAND", command),
+        # `benchmarks.device` names itself in the environment of what it runs.
+        "command": os.environ.get("BENCHMARKS_COMMAND", command.line()),
     }
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from benchmarks import report
 from benchmarks.contenders import Contender
-from benchmarks.timing import compare
+from benchmarks.timing import compare_all
 from hyperlayer_jax.nn import SparseLinear, jumps
 
 _SIZE, _BATCH = 2048, 64
@@ -25,22 +25,19 @@ def cases(small: bool) -> Iterator[dict[str, Any]]:
     size = 64 if small else _SIZE
     x = jax.random.normal(jax.random.key(0), (_BATCH, size))
     dense = nnx.Linear(size, size, rngs=nnx.Rngs(0))
+    cases = {}
     for each in _EACH:
         layer = SparseLinear(size, size, each, by_output=True, use_bias=True, rngs=nnx.Rngs(0))
         weights = each * size
         name = f"SparseLinear {size} x {size}, {each} of {size} inputs, b={_BATCH}"
-        flops = 2 * _BATCH * weights
+        flops = {"flops": 2 * _BATCH * weights}
         evaluation = nnx.view(layer, deterministic=True)
-        yield from compare(
-            name,
-            {"SparseLinear": _forward(evaluation, x), "nnx.Linear": _forward(dense, x)},
-            flops=flops,
-        )
-        yield from compare(
-            f"{name}, training step",
-            {"SparseLinear": _step(layer, x), "nnx.Linear": _step(dense, x)},
-            flops=flops,
-        )
+        for case, run, ours in (
+            (name, _forward, evaluation),
+            (f"{name}, training step", _step, layer),
+        ):
+            cases[case] = {"SparseLinear": run(ours, x), "nnx.Linear": run(dense, x)}, flops
+    yield from compare_all(cases)
 
 
 def _forward(model: nnx.Module, x: jax.Array) -> Contender:

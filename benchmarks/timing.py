@@ -103,7 +103,7 @@ def compare(
         differences = {
             label: difference(results[ours], result)
             for label, result in results.items()
-            if contenders[label].same
+            if contenders[label].same and label != ours
         }
     else:
         differences = dict.fromkeys(contenders, difference(results[ours], wanted))

@@ -232,10 +232,9 @@ class SparseSelfAttention(nnx.Module):
         rows = rows if first is None else first + rows
         served, heads = self.num_heads + self.num_kv_heads, self.num_heads + 2 * self.num_kv_heads
         out = self.qkv_proj(x).reshape(*x.shape[:2], heads, self.head_features)
-        turned, value = jnp.split(out, [served], axis=2)
+        query, key, value = jnp.split(out, [self.num_heads, served], axis=2)
         if self.rotary:
-            turned = rotate(turned, rows)
-        query, key = jnp.split(turned, [self.num_heads], axis=2)
+            query, key = rotate(query, rows), rotate(key, rows)
         return Tokens(x, query, key, value, rows, mask)
 
 

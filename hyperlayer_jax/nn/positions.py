@@ -15,6 +15,7 @@ from flax import nnx
 from jax.scipy.special import logit
 
 from hyperlayer_jax.kernels import materialize
+from hyperlayer_jax.lift import reshape
 from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.transforms import per_axis, transform_means, transform_sigmas
 from hyperlayer_jax.types import IndexTuples
@@ -166,7 +167,7 @@ class LearnedPositions(nnx.Module):
         Returns:
           Means and sigmas [B, num_heads, R, k, 1], values of 1.
         """
-        raw = self.raw(x[:, at], self._context_mean(x, mask)[:, at], rows)
+        raw = self.raw(x[:, at], self._context_mean(x, mask, at), rows)
         return self.free.tuples(raw, rows)
 
     def init_cache(self, batch: int) -> jax.Array:
@@ -195,19 +196,22 @@ class LearnedPositions(nnx.Module):
         out = self.out_proj(jax.nn.gelu(hidden)).reshape(*x.shape[:2], heads, tuples, 2)
         return _NETWORK_GAIN * jnp.moveaxis(out, 2, 1) + self.free.raw()
 
-    def _context_mean(self, x, mask):
-        """What the network reads of the tokens x [B, T, E] that each may see: [B, T, HIDDEN]."""
-        read = self._read(x)
+    def _context_mean(self, x, mask, at):
+        """What the network reads of the tokens x [B, T, E] that each `at` may see: [B, R, HIDDEN].
+
+        The sum of what is read is read of the sum, which is shorter.
+        """
         # A compiler would count up ones, for a minute.
-        count = 1 + jnp.arange(x.shape[1], dtype=jnp.float32)[None]
+        x, count = _float32(x), 1 + jnp.arange(x.shape[1], dtype=jnp.float32)[None]
         if mask is not None:
             exists = mask.astype(jnp.float32)
-            read, count = read * exists[..., None], jnp.cumsum(exists, 1)
+            x, count = x * exists[..., None], jnp.cumsum(exists, 1)
         if self.free.line.causal:
-            total = jnp.cumsum(read, 1)
+            total, count = jnp.cumsum(self._read(_sums_up_to(x, at)), 1), count[:, at]
         else:
-            total, count = read.sum(1, keepdims=True), count[:, -1:]
-        return jnp.broadcast_to(total / jnp.maximum(count, 1)[..., None], read.shape)
+            total, count = self._read(x.sum(1, keepdims=True)), count[:, -1:]
+        mean = total / jnp.maximum(count, 1)[..., None]
+        return jnp.broadcast_to(mean, (x.shape[0], len(range(x.shape[1])[at]), _HIDDEN))
 
     def _read(self, x):
         return self.context_proj(_float32(x))
@@ -266,6 +270,18 @@ def _sigmas(raw, shape, min_sigma):
 def _raw_sigmas(share: np.ndarray) -> jax.Array:
     """Parameters whose sigmas are these parts of the index space: the inverse of `_sigmas`."""
     return jnp.asarray(np.log(np.expm1(share / _SIGMA_SCALE)) / _SIGMA_GAIN, jnp.float32)
+
+
+def _sums_up_to(x: jax.Array, at: slice) -> jax.Array:
+    """Sums of tokens [B, T, E], each of those after the one before, up to one of R `at`: [B, R, E].
+
+    `at` starts before its step.
+    """
+    rows = range(x.shape[1])[at]
+    if rows.step == 1:
+        return x[:, at]
+    x = jnp.pad(x[:, : rows[-1] + 1], [(0, 0), (rows.step - 1 - rows.start, 0), (0, 0)])
+    return reshape(x, (x.shape[0], len(rows), rows.step, x.shape[2])).sum(2)
 
 
 def _float32(x: jax.Array) -> jax.Array:
