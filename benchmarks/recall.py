@@ -18,15 +18,15 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import command
+from benchmarks import command, seeds
 from hyperlayer_jax import RowSparseTensor, sparse_attention
 from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM
 from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.nn.patterns import PATTERNS, Content, Dense, Window
 from hyperlayer_jax.nn.rotary import rotate
 from hyperlayer_jax.nn.window import window_attention
-from train import recall, updates
-from train.transformer_config import NUM_TOKENS
+from train import recall
+from train.transformer_config import NUM_TOKENS, quieted
 
 _WINDOW, _BLOCK, _CHOSEN = 16, 8, 2
 _AT_ONCE = 50
@@ -99,7 +99,7 @@ def make_model(
         attention=attention,
         rngs=nnx.Rngs(seed),
     )
-    return recall.quieted(model)
+    return quieted(model)
 
 
 def needle(key: jax.Array, count: int, *, length: int) -> tuple[jax.Array, jax.Array]:
@@ -165,26 +165,14 @@ def zoology_mixture(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 def fit(models: list[TransformerLM], draw: recall.Draw, *, seed: int) -> list[nnx.State]:
     """Trains models of one kind side by side, as the flags say; returns their states."""
     given = flags.FLAGS
-    graphdef = nnx.split(models[0], nnx.Param, ...)[0]
     optimizer = recall.make_optimizer(given.learning_rate, given.steps)
     loss_fn = recall.make_loss(draw, given.batch_size)
-    update = updates.make_updates(graphdef, optimizer, loss_fn, None)
-    advance = jax.jit(jax.vmap(update, in_axes=(0, None, 0, None)))
-    states = []
-    for model in models:
-        _, params, rest = nnx.split(model, nnx.Param, ...)
-        states.append(updates.State(jnp.int32(0), params, rest, optimizer.init(params), None))
-    state = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    keys = jax.vmap(jax.random.key)(seed + jnp.arange(len(models)))
-    for first in range(0, given.steps, _AT_ONCE):
-        stop = min(first + _AT_ONCE, given.steps)
-        state, sums, *_ = advance(state, jnp.int32(stop), keys, ())
-        for i in range(len(models)):
-            row = {name: float(x[i]) / (stop - first) for name, x in sums.items()}
+    options = {"seed": seed, "steps": given.steps, "every": _AT_ONCE}
+    for done in seeds.train(models, optimizer, loss_fn, (), **options):
+        for i, row in enumerate(done.scalars):
             line = "  seed {}, step {}: loss {loss:.4f}, accuracy {accuracy:.4f}"
-            print(line.format(seed + i, stop, **row), flush=True)
-    trained = nnx.merge_state(state.params, state.rest)
-    return [jax.tree.map(lambda x, i=i: x[i], trained) for i in range(len(models))]
+            print(line.format(seed + i, done.step, **row), flush=True)
+    return done.states
 
 
 def test(model: TransformerLM, draw: recall.Draw, length: int) -> dict[str, float]:
@@ -207,13 +195,13 @@ def main(argv):
     given, cases = flags.FLAGS, []
     draw, tested = _task(given)
     num_tokens = _VOCABULARY if given.task == "zoology" else NUM_TOKENS["recall"]
-    seeds = range(given.seed, given.seed + given.seeds)
+    all_seeds = range(given.seed, given.seed + given.seeds)
     for pattern in given.patterns:
         make = functools.partial(make_model, pattern, num_tokens, given.features, given.heads)
-        models = [make(given.length, seed=seed) for seed in seeds]
+        models = [make(given.length, seed=seed) for seed in all_seeds]
         states = fit(models, draw, seed=given.seed)
         for name, length, draw_test in tested:
-            for seed, state in zip(seeds, states, strict=True):
+            for seed, state in zip(all_seeds, states, strict=True):
                 model = make(length, seed=seed)
                 nnx.update(model, state)
                 figures = test(model, draw_test, length)

@@ -9,9 +9,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
+from laws import assert_close
 
-from benchmarks import accuracy, contenders, device, known, recall, report, table, timing
+from benchmarks import accuracy, contenders, device, known, recall, report, seeds, table, timing
 from benchmarks.contenders import PLAIN, Contender
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -283,3 +286,19 @@ def test_the_needle_is_the_value_after_what_is_asked_for():
     for token, answer in zip(tokens, answers[:, -1], strict=True):
         (place,) = np.flatnonzero(token[:-1] == 0)
         assert token[place + 1] == answer >= 256
+
+
+def test_seeds_side_by_side_are_trained_as_each_alone():
+    def loss_fn(model, key, data):
+        return ((model(data) - jax.random.normal(key, (4, 2))) ** 2).mean(), {}
+
+    def train(first, count):
+        models = [nnx.Linear(3, 2, rngs=nnx.Rngs(first + i)) for i in range(count)]
+        options = {"seed": first, "steps": 5, "every": 2}
+        return list(seeds.train(models, optax.adam(0.1), loss_fn, jnp.ones((4, 3)), **options))
+
+    done, second = train(0, 2), train(1, 1)
+    assert [x.step for x in done] == [2, 4, 5]
+    for both, alone in zip(done, second, strict=True):
+        assert_close(both.states[1], alone.states[0])
+        np.testing.assert_allclose(both.scalars[1]["loss"], alone.scalars[0]["loss"], rtol=1e-5)

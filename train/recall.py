@@ -17,9 +17,9 @@ import numpy as np
 import optax
 
 from hyperlayer_jax.nn import TransformerLM
-from train import devices, evaluation, loop, runs, transformer_config, updates
+from train import devices, evaluation, loop, runs, updates
 from train.patterns import save_patterns
-from train.transformer_config import NUM_TOKENS, Config
+from train.transformer_config import NUM_TOKENS, Config, make_model
 
 _TEST_EXAMPLES, _AT_ONCE, _NUM_EVALUATIONS = 256, 32, 10
 
@@ -59,19 +59,6 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         result,
         lambda: save_patterns(trained.model, tokens, workdir / "attention.png"),
     )
-
-
-def make_model(config: Config) -> TransformerLM:
-    """Makes the model that a config describes."""
-    return quieted(transformer_config.make_model(config))
-
-
-def quieted(model: TransformerLM) -> TransformerLM:
-    """The model with layers that at first add nothing, so that tokens say what they are."""
-    for block in model.blocks:
-        for last in (block.attention.out_proj, block.down_proj):
-            last.kernel[...] = jnp.zeros_like(last.kernel[...])
-    return model
 
 
 def make_optimizer(
