@@ -186,15 +186,11 @@ class InOrder:
         values = jnp.where(keys < number, jax.lax.stop_gradient(coordinates), jnp.nan)
         return cls(*jax.lax.sort_key_val(values, keys), number)
 
-    def add(self, coordinates: jax.Array, exists: jax.Array) -> "InOrder":
-        """With the next key, at coordinates float [*B], if bool [] that exists.
-
-        That takes a step for each of the keys, and no sort.
-        """
-        added = lift("(s),(s),(),(),()->(s),(s)")(_added)
+    def add(self, coordinates: jax.Array) -> "InOrder":
+        """With the next key, at coordinates float [*B]: a step for each key, and no sort."""
+        added = lift("(s),(s),(),()->(s),(s)")(_added)
         coordinates = jax.lax.stop_gradient(coordinates)
-        values, keys = added(self.values, self.keys, coordinates, self.number, exists)
-        return InOrder(values, keys, self.number + exists.astype(jnp.int32))
+        return InOrder(*added(self.values, self.keys, coordinates, self.number), self.number + 1)
 
     def nearest(self, means: jax.Array, count: int) -> jax.Array:
         """What `nearest_keys` returns of these keys, for means float [*B, t]."""
@@ -202,9 +198,9 @@ class InOrder:
         return search(self.values, self.keys, jax.lax.stop_gradient(means), self.number)
 
 
-def _added(values, keys, coordinate, number, exists):
+def _added(values, keys, coordinate, number):
     after = jnp.searchsorted(values, coordinate, side="right").astype(jnp.int32)
-    after = jnp.where(exists, jnp.minimum(after, number), values.size)
+    after = jnp.minimum(after, number)
     place = jnp.arange(values.size, dtype=jnp.int32)
 
     def insert(x, new):

@@ -85,10 +85,10 @@ class Lines(nnx.Module):
 class Content(Pattern):
     """The tokens that say what a token asks for, wherever they are, and the last ones.
 
-    On each of a few learned lines, a token sees those next to where it looks, of all before the
-    window where causal, and of all that there are where not. So it sees at most `num_lines`
-    `num_nearest` + `window` keys, at the cost of sorting. See `content_points`. A found key at its
-    place has as large a weight as all of the window.
+    On each of a few learned lines, a token sees those next to where it looks, of all up to itself
+    where causal, and of all that there are where not. So it sees at most `num_lines` `num_nearest`
+    + `window` keys, at the cost of sorting. See `content_points`. A found key at its place has as
+    large a weight as all of the window; one of the window that is found has both weights.
 
     Attributes:
       num_lines: of each head.
@@ -109,14 +109,11 @@ class Content(Pattern):
 
     def pattern(self, layer, tokens):
         coordinates, _ = layer.positions.coordinates(tokens.x)
-        limits = self._limits(tokens) if layer.causal else None
+        limits = tokens.rows + 1 if layer.causal else None
         return self._pattern(layer, tokens, coordinates, limits=limits)
 
     def init_cache(self, layer, keys):
-        """Coordinates of all tokens, those before the window in order, and what the last one says.
-
-        That is, of its successor.
-        """
+        """Coordinates of all tokens, the same in order, and what the last says of its successor."""
         shape = keys.shape[0], layer.positions.num_heads, keys.shape[1], self.num_lines
         coordinates = jnp.zeros(shape, jnp.float32)
         in_order = InOrder.of(jnp.moveaxis(coordinates, -1, -2), jnp.int32(0))
@@ -126,22 +123,15 @@ class Content(Pattern):
         coordinates, in_order, before = state
         new, before = layer.positions.coordinates(tokens.x, before)
         coordinates = jax.lax.dynamic_update_slice_in_dim(coordinates, new, tokens.rows[0], 2)
-        limits = self._limits(tokens)
-        if limits.size == 1:
-            # One more key has left the window.
-            key = jax.lax.dynamic_index_in_dim(coordinates, limits[0] - 1, 2, keepdims=False)
-            in_order = in_order.add(key, limits[0] > 0)
-            options = {"in_order": in_order}
+        if tokens.rows.size == 1:
+            in_order = in_order.add(new[:, :, 0])
+            pattern = self._pattern(layer, tokens, coordinates, in_order=in_order)
         else:
-            in_order = InOrder.of(jnp.moveaxis(coordinates, -1, -2), limits[-1])
-            options = {"limits": limits}
-        pattern = self._pattern(layer, tokens, coordinates, **options)
+            number = tokens.rows[-1] + 1
+            in_order = InOrder.of(jnp.moveaxis(coordinates, -1, -2), number)
+            pattern = self._pattern(layer, tokens, coordinates, limits=tokens.rows + 1)
         out = attend(layer, tokens.query, keys, values, pattern)
         return out, (coordinates, in_order, before)
-
-    def _limits(self, tokens):
-        """How many of the first keys are before the window of each token: int32 [T]."""
-        return jnp.maximum(tokens.rows + 1 - self.window, 0)
 
     def _pattern(self, layer, tokens, coordinates, **options):
         """The pattern of tokens over keys at coordinates [B, heads, length, l]."""
@@ -158,11 +148,6 @@ class Content(Pattern):
             mask=mask,
             **options,
         )
-        if not layer.causal:
-            # What the window sees is not seen once more.
-            first, last = near[None, None, :, :1], near[None, None, :, -1:]
-            inside = (found[..., 0] >= first) & (found[..., 0] <= last)
-            weights = jnp.where(inside, 0, weights)
         zeros = jnp.zeros_like(weights[..., :1])
         seen = zeros + seen[None, None].astype(weights.dtype) / self.window
         near = zeros.astype(near.dtype) + near[None, None]
