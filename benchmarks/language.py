@@ -27,10 +27,7 @@ def main(argv):
     options = {name: getattr(given, name) for name in names}
     try:
         corpus = text.load(given.corpus)
-        parts = [
-            text.windows(part, given.length, max(1, given.test_bytes // given.length))
-            for part in (corpus.validation, corpus.test)
-        ]
+        parts = [_spread(part, given) for part in (corpus.validation, corpus.test)]
         configs = [transformer_config.Config(layers=x, **options) for x in given.layers]
     except (DataError, ValueError) as error:
         raise app.UsageError(error) from error
@@ -56,6 +53,13 @@ def main(argv):
             listed = ", ".join(f"{x:.4f}" for x in bits)
             print(f"{case['name']}: {listed}; mean {np.mean(bits):.4f}; {ms:.4g} ms", flush=True)
     print(json.dumps({"corpus": given.corpus, "sha256": corpus.sha256, "cases": cases}))
+
+
+def _spread(part, given):
+    """Windows from all over a part of the text."""
+    windows = text.windows(part, given.length, len(part))
+    count = min(len(windows), max(1, given.test_bytes // given.length))
+    return windows[np.arange(count) * len(windows) // count]
 
 
 def _model(config):
