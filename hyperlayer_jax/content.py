@@ -190,7 +190,8 @@ class InOrder:
         """With the next key, at coordinates float [*B]: a step for each key, and no sort."""
         added = lift("(s),(s),(),()->(s),(s)")(_added)
         coordinates = jax.lax.stop_gradient(coordinates)
-        return InOrder(*added(self.values, self.keys, coordinates, self.number), self.number + 1)
+        values, keys = added(self.values, self.keys, coordinates, self.number)
+        return InOrder(values, keys, self.number + 1)
 
     def nearest(self, means: jax.Array, count: int) -> jax.Array:
         """What `nearest_keys` returns of these keys, for means float [*B, t]."""
