@@ -76,10 +76,11 @@ def make_loss(draw: Draw, batch_size: int) -> updates.LossFn:
         del data
         tokens, answers = draw(key, batch_size)
         asked = answers >= 0
+        count = asked.sum(dtype=jnp.float32)
         logits = model(devices.shard_sequences(tokens))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(answers, 0))
         right = (logits.argmax(-1) == answers).astype(jnp.float32)
-        loss, share = (jnp.where(asked, x, 0).sum() / asked.sum() for x in (losses, right))
+        loss, share = (jnp.where(asked, x, 0).sum() / count for x in (losses, right))
         return loss, {"accuracy": share}
 
     return loss_fn
