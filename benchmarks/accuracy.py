@@ -59,10 +59,10 @@ def agreement(run: Callable[[int], Any], result: Any, expected: Any) -> dict[str
     return figures
 
 
-def agrees(figures: dict[str, Any], dtype: str, contender: Contender) -> bool:
-    """Whether what `agreement` found of a contender is within the limits of `dtype`."""
+def agrees(figures: dict[str, Any], dtype: str, implementation: str | None) -> bool:
+    """Whether what `agreement` found is within the limits of `dtype`, for this backend."""
     errors = figures.get("relative_errors", ())
-    repeats = figures["same_bits"] or adds_in_any_order(contender)
+    repeats = figures["same_bits"] or adds_in_any_order(implementation)
     return repeats and all(error < _MAX_ERROR[dtype] for error in errors)
 
 

@@ -28,7 +28,6 @@ class Contender:
       arguments: arrays.
       gradients: the positions of the arguments in which it is differentiated.
       same: whether it computes what the first contender does, and is to be checked with it.
-      operation: the function of `hyperlayer_jax.kernels` that it is, if any.
       implementation: the name of the backend that it forces, if any.
       on_host: whether `function` is plain Python.
     """
@@ -37,7 +36,6 @@ class Contender:
     arguments: tuple[Any, ...]
     gradients: tuple[int, ...] = ()
     same: bool = True
-    operation: str | None = None
     implementation: str | None = None
     on_host: bool = False
 
@@ -61,15 +59,11 @@ def by_name(
       arguments: arrays.
       gradients: see `Contender`.
     """
-    chosen = Contender(function, arguments, gradients, operation=operation)
-    return {operation: chosen} | {
-        name: dataclasses.replace(
-            chosen,
-            function=functools.partial(function, implementation=name),
-            implementation=name,
-        )
-        for name in implementations(operation)
-    }
+    named = {operation: Contender(function, arguments, gradients)}
+    for name in implementations(operation):
+        forced = functools.partial(function, implementation=name)
+        named[name] = Contender(forced, arguments, gradients, implementation=name)
+    return named
 
 
 def with_gradients(contenders: dict[str, Contender]) -> dict[str, Contender]:
@@ -83,13 +77,9 @@ def implementations(operation: str) -> tuple[str, ...]:
     return tuple(name for name in known if name not in _ELSEWHERE[jax.default_backend()])
 
 
-def adds_in_any_order(contender: Contender) -> bool:
-    """Whether it may give other bits in every run: on a GPU plain JAX adds by atomics.
-
-    The gradients of our products do so too, whoever serves them; those of block attention do not.
-    """
-    in_order = contender.implementation, contender.operation
-    return jax.default_backend() == "gpu" and in_order != ("mosaic_gpu", "block_attention")
+def adds_in_any_order(implementation: str | None) -> bool:
+    """Whether a backend, or plain JAX for None, may give other bits in every run: by atomics."""
+    return jax.default_backend() == "gpu" and implementation in (None, *PLAIN, "triton")
 
 
 def value_and_gradients(function: Callable[..., jax.Array], *positions: int) -> Callable[..., Any]:

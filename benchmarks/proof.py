@@ -59,7 +59,7 @@ def _row(name, contender, expected, prepared):
         return {"name": name, "ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
     figures = agreement(run, result, expected)
     dtype = jax.tree.leaves(result)[0].dtype.name
-    ok = agrees(figures, dtype, contender)
+    ok = agrees(figures, dtype, contender.implementation)
     return {"name": name, "ok": ok, "dtype": dtype, **figures, **spent}
 
 

@@ -143,7 +143,7 @@ def compare(
         }
         implementation = contenders[rival].implementation
         if implementation not in (None, *PLAIN) and fits and plain:
-            agreed = agrees(spent[rival], dtype, contenders[rival])
+            agreed = agrees(spent[rival], dtype, implementation)
             row["rival_passes"] = agreed and seconds[rival] < plain[0]
         yield row
 

@@ -182,12 +182,9 @@ def carry(levels: Levels, items: jax.Array) -> States:
     if levels.above is not None:
         rates = levels.above.rates
         items, above = jax.lax.scan(upper, items, rates, unroll=_unroll(blocks))
-    through = None
     for _, rates in levels.below:
-        # Small steps are put together before they meet the items.
-        step = _within(rates, block)
-        through = step if through is None else _multiply(step, through)
-        below.append(_multiply(through, items))
+        items = _within(rates, items)
+        below.append(items)
     return States(above, below)
 
 
@@ -210,31 +207,36 @@ def carry_back(levels: Levels, items: jax.Array) -> States:
         items = jnp.swapaxes(pairs, -4, -3).reshape(*batch, blocks, block, features)
         return items, items
 
-    above, below, through = None, [], None
+    above, below = None, []
     for _, rates in levels.below[::-1]:
-        step = _within(rates, block)
-        through = step if through is None else _multiply(step, through)
-        below.append(_multiply(through, items))
+        items = _within(rates, items)
+        below.append(items)
     if levels.above is not None:
-        items, rates = (below[-1] if below else items), levels.above.rates
+        rates = levels.above.rates
         _, above = jax.lax.scan(upper, items, rates, reverse=True, unroll=_unroll(blocks))
     return States(above, below[::-1])
 
 
+@jax.custom_jvp
 def _multiply(matrices, items):
+    """Symmetric matrices [..., n, n] times items [..., n, d]."""
     return _product("...ij,...jd->...id", matrices, items)
 
 
-def _within(rates, block):
-    """The permutation [*B, blocks, h, h] of a block, of rates [*B, m, w, w] of parts of it."""
-    step = _dense(rates)
-    *batch, m, width, _ = step.shape
-    count = block // width
-    shape = *batch, m // count, count, width, count, width
-    same = jnp.eye(count, dtype=bool)[:, None, :, None]
-    step = step.reshape(*batch, m // count, count, width, 1, width)
-    step = jnp.where(jnp.broadcast_to(same, shape), jnp.broadcast_to(step, shape), 0)
-    return step.reshape(*batch, m // count, block, block)
+@_multiply.defjvp
+def _multiply_jvp(primals, tangents):
+    matrices, items = primals
+    by_matrices = _product("...ij,...jd->...id", tangents[0], items)
+    # The transpose of this is a product with the matrices as they are stored.
+    by_items = _product("...ji,...jd->...id", matrices, tangents[1])
+    return _multiply(matrices, items), by_matrices + by_items
+
+
+def _within(rates, items):
+    """Items [*B, blocks, h, d] after exchanges of rates [*B, m, w, w] within parts of blocks."""
+    *batch, m, width, _ = rates.shape
+    parts = items.reshape(*batch, m, 2 * width, items.shape[-1])
+    return _multiply(_dense(rates), parts).reshape(items.shape)
 
 
 def _dense(rates):

@@ -26,13 +26,13 @@ from typing import Any
 import jax
 
 # The backends of each operation, and the folder that they are in.
-_ELL, _COO = ("reference", "cpu", "mosaic_gpu", "tpu"), ("reference", "cpu", "tpu")
+_PRODUCTS = ("reference", "cpu", "tpu")
 SERVES = {
-    "ell_spmm": _ELL,
-    "ell_spmm_transposed": _ELL,
-    "ell_sddmm": _ELL,
-    "spmm": _COO,
-    "sddmm": _COO,
+    "ell_spmm": _PRODUCTS,
+    "ell_spmm_transposed": _PRODUCTS,
+    "ell_sddmm": _PRODUCTS,
+    "spmm": _PRODUCTS,
+    "sddmm": _PRODUCTS,
     "row_max": ("reference",),
     "redistribute": ("reference", "cpu", "tpu"),
     "shares": ("reference", "cpu"),
@@ -52,13 +52,13 @@ BACKENDS = (*_PLAIN, *_PLATFORMS)
 
 # The kernels that `implementation=None` takes, by the beginning of the name of the device (its
 # `device_kind`). Each line earned its place: right, with the same bits in each of eleven runs
-# unless it says otherwise, and faster than plain JAX at both lengths, 16k and 64k tokens. The H100
-# has the same instructions as the H200 on which this was measured.
+# unless it says otherwise, and faster than plain JAX at both lengths, 16k and 64k tokens.
 _HOPPER = {
-    # Forward and backward .74 and 2.55 ms, plain JAX 8.8 and 29.8 (benchmarks/results/h200.json).
+    # Forward and backward on an H200 .74 and 2.55 ms, plain JAX 8.8 and 29.8; on an H100 .62 and
+    # 2.33, dense attention 2.4 and 34 (benchmarks/results/h200.json, h100.json).
     "block_attention": "mosaic_gpu",
-    # 2.4 and 9.3 ms, plain JAX 3.9 and 14.5. Gradients of keys and values add up in any order, as
-    # those of plain JAX do on a GPU.
+    # On an H200 2.4 and 9.3 ms, plain JAX 3.9 and 14.5; on an H100 right, but not measured.
+    # Gradients of keys and values add up in any order, as those of plain JAX do on a GPU.
     "gathered_attention": "triton",
 }
 FASTER = {"NVIDIA H200": _HOPPER, "NVIDIA H100": _HOPPER}

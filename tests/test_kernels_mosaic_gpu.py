@@ -140,9 +140,12 @@ def test_what_is_absent_or_hidden_is_not_read(case):
         np.testing.assert_array_equal(array, 0)
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("n, num_tiles", [(16, 40), (200, 7)])
-def test_lists_by_key_are_those_of_a_search(n, num_tiles):
-    """Also where a tile has no row, and where it has all."""
+def test_lists_by_key_are_those_of_a_search(n, num_tiles, many, monkeypatch):
+    """Also where a tile has no row, where it has all, and where a word does not hold an entry."""
+    if many:
+        monkeypatch.setattr(mosaic_gpu, "_MAX_WORD", 0)
     rng = np.random.default_rng(0)
     tiles = np.minimum(rng.integers(0, num_tiles + 1, (2, n, 1)), rng.integers(0, num_tiles + 1))
     present = rng.random(tiles.shape) < 0.8
@@ -155,6 +158,21 @@ def test_lists_by_key_are_those_of_a_search(n, num_tiles):
         got = slice(starts[b, tile], starts[b, tile] + counts[b, tile])
         np.testing.assert_array_equal(rows[b, got], wanted)
         np.testing.assert_array_equal(weights[b, got], tile)
+
+
+@pytest.mark.parametrize("pairs", [0, 64])
+def test_lists_by_query_hold_what_is_present_in_order(pairs, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_MAX_PAIRS", pairs)
+    rng = np.random.default_rng(0)
+    present = rng.random((2, 5, 7)) < 0.5
+    tiles, weights = rng.integers(0, 9, present.shape, np.int32), rng.random(present.shape, "f")
+    weights = np.where(present, weights, -np.inf)
+    got = map(np.asarray, jax.jit(mosaic_gpu._by_query)(tiles, weights, present))
+    listed, weighed, starts, counts = got
+    for b, row in np.ndindex(2, 5):
+        at, where = slice(starts[b, row], starts[b, row] + counts[b, row]), present[b, row]
+        np.testing.assert_array_equal(listed[b, at], tiles[b, row, where])
+        np.testing.assert_array_equal(weighed[b, at], weights[b, row, where])
 
 
 @pytest.mark.parametrize(

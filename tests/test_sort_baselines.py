@@ -46,8 +46,13 @@ def test_our_permutation_has_no_loss_where_it_is_exact_and_much_where_it_is_wron
     assert permutation_loss(list(wrong.items[1:]), exact) > 5
 
 
-def test_a_method_trains_and_is_tested():
-    protocol = sort.Protocol("digits", 1, (1, 1), 2, (3,), 1, 10)
-    case = {"method": "SoftSort", "supervision": "images", "size": 3, "seed": 0, "steps": 1}
-    result = sort.run(case | {"learning_rate": 1e-3}, protocol, data.load("digits"), 0.1)
-    assert result["step"] == 1 and 0 <= result["exact_match"] <= result["element_wise"] <= 1
+def test_methods_train_in_turns_and_are_tested():
+    protocol = sort.Protocol("digits", 1, (1, 1), (4,), 2, (3,), 1, 10)
+    branches = [("ours", "permutation"), ("ours, all levels", "images"), ("SoftSort", "images")]
+    task = sort.Task(protocol, data.load("digits"), 3, branches, 1e-3)
+    case = {"size": 3, "seed": 0, "factors": [1.0]}
+    cases = [case | {"method": method, "supervision": from_} for method, from_ in branches]
+    results = list(sort.train(task, cases, 51))
+    assert [r["step"] for r in results] == [50, 50, 50, 51, 51, 51]
+    assert all(0 <= r["exact_match"] <= r["element_wise"] <= 1 for r in results)
+    assert len(sort.chosen(results)) == 3

@@ -207,10 +207,16 @@ def evaluate(model: Sorter, split: data.Split, chosen: np.ndarray) -> dict[str, 
     images = split.images.reshape(len(split.labels), -1)
     at_once = max(1, _IMAGES_AT_ONCE // chosen[0].size)
     scores = evaluation.in_parts(lambda part: _call(scorer, images[part]), chosen, at_once=at_once)
-    numbers = to_numbers(split.labels[chosen])
+    exact, each = matches(scores, split.labels[chosen])
+    return {"exact_match": exact, "element_wise": each}
+
+
+def matches(scores: np.ndarray, digits: np.ndarray) -> tuple[float, float]:
+    """The share of sets that scores [n, s] sort right by digits [n, s, digits], and of items."""
+    numbers = to_numbers(digits)
     order = np.argsort(scores, axis=-1, kind="stable")
     right = np.take_along_axis(numbers, order, axis=-1) == np.sort(numbers, axis=-1)
-    return {"exact_match": float(right.all(-1).mean()), "element_wise": float(right.mean())}
+    return float(right.all(-1).mean()), float(right.mean())
 
 
 def draw_picture(model: Sorter, split: data.Split, chosen: np.ndarray) -> Figure:

@@ -30,6 +30,9 @@ _HEADS = (64, 128)
 _MAX_BATCH = 65535
 _CAPABILITY = "9.0"
 _STAGES = 2
+# Up to so many entries of a row are compared in pairs, which takes no launch of its own.
+_MAX_PAIRS = 64
+_MAX_WORD = 2**32
 _LOG2E = math.log2(math.e)
 # How matrix products want their operands laid out in shared memory.
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -174,8 +177,13 @@ def _by_query(tiles, weights, present):
 
     Lists are (tiles [b,n], weights [b,n], start of each row [b,t/64], length of each [b,t/64]).
     """
-    ordered = lax.sort((_positions(present), tiles, weights), num_keys=1, is_stable=False)
-    tiles, weights = (x.reshape(len(x), -1) for x in ordered[1:])
+    positions, n = _positions(present), present.shape[2]
+    if n <= _MAX_PAIRS:
+        here = positions[..., None] == lax.broadcasted_iota(jnp.int32, (1, 1, 1, n), 3)
+        listed = [jnp.where(here, x[..., None], 0).sum(2) for x in (tiles, weights)]
+    else:
+        listed = lax.sort((positions, tiles, weights), num_keys=1, is_stable=False)[1:]
+    tiles, weights = (x.reshape(len(x), -1) for x in listed)
     # Before row i there are n entries of each of i rows: i for each of its own n.
     starts = (_rows(present) + (~present).astype(jnp.int32)).sum(2)
     return tiles, weights, starts, present.sum(2, dtype=jnp.int32)
@@ -191,10 +199,22 @@ def _sum_entries(sums, present, p):
 
 
 def _by_key(tiles, weights, present, num_tiles):
-    """The list of each key tile: the rows of tiles that meet it, in order."""
-    rows, tiles = jnp.where(present, _rows(tiles), 0), jnp.where(present, tiles, num_tiles)
-    entries = [x.reshape(len(x), -1) for x in (tiles, rows, weights)]
-    tiles, rows, weights = lax.sort(entries, num_keys=2, is_stable=False)
+    """The list of each key tile: the rows of tiles that meet it, in order.
+
+    Tile and number of an entry are sorted as one word, where it holds both: so they fit into shared
+    memory, and take one launch or three.
+    """
+    (b, rows, n), weights = tiles.shape, weights.reshape(len(weights), -1)
+    tiles = jnp.where(present, tiles, num_tiles).reshape(b, -1)
+    entries = lax.broadcasted_iota(jnp.int32, tiles.shape, 1)
+    size = rows * n
+    if (num_tiles + 1) * size <= _MAX_WORD:
+        words = tiles.astype(jnp.uint32) * size + entries.astype(jnp.uint32)
+        words = lax.sort(words, is_stable=False)
+        tiles, entries = (x.astype(jnp.int32) for x in (words // size, words % size))
+    else:
+        tiles, entries = lax.sort((tiles, entries), num_keys=2, is_stable=False)
+    rows, weights = entries // n, jax.vmap(gather_rows)(weights, entries)
     edges = lax.broadcasted_iota(jnp.int32, (1, num_tiles, 1), 1)
     first, last = _below(tiles, edges), _below(tiles, edges + 1)
     return rows, weights, first.sum(2), (last - first).sum(2)
