@@ -11,33 +11,31 @@ keys chosen by the score of their mean, and all means, and a window, weighted by
 import functools
 import json
 import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import command
+from benchmarks import command, seeds
 from hyperlayer_jax import RowSparseTensor, sparse_attention
 from hyperlayer_jax.nn import SparseSelfAttention, TransformerLM
 from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.nn.patterns import PATTERNS, Content, Dense, Window
 from hyperlayer_jax.nn.rotary import rotate
 from hyperlayer_jax.nn.window import window_attention
-from train import recall, updates
-from train.transformer_config import NUM_TOKENS
+from train import recall
+from train.transformer_config import NUM_TOKENS, quieted
 
 _WINDOW, _BLOCK, _CHOSEN = 16, 8, 2
 _AT_ONCE = 50
-_VALUES = NUM_TOKENS["recall"] // 2
 _PATTERNS = ("content", "dense", "window", "learned", "block", "topk")
 
-# Tokens [n, T] and the answers [n, a] to the last a of them.
-Draw = Callable[[jax.Array, int, int], tuple[jax.Array, jax.Array]]
+# Zoology's: the number of examples of a length with so many pairs, and what is tested.
+_VOCABULARY, _POWER = 8192, 0.01
+_TRAINED = ((64, 4, 100), (128, 8, 20), (256, 16, 20), (256, 32, 20), (256, 64, 20))
+_TESTED = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
 
 
 class BlockTopK(nnx.Module):
@@ -80,7 +78,9 @@ class BlockTopK(nnx.Module):
         return self.out_proj(out.reshape(x.shape))
 
 
-def make_model(name: str, features: int, heads: int, length: int, *, seed: int) -> TransformerLM:
+def make_model(
+    name: str, num_tokens: int, features: int, heads: int, length: int, *, seed: int
+) -> TransformerLM:
     """A layer of "window", then one of the pattern of this name, or "topk"."""
 
     def attention(*sizes, pattern, rngs, **options):
@@ -91,7 +91,7 @@ def make_model(name: str, features: int, heads: int, length: int, *, seed: int) 
     near, chosen = Window(window=_WINDOW), Dense()
     layer = {"topk": chosen, "content": Content(window=_WINDOW)}.get(name) or PATTERNS[name]
     model = TransformerLM(
-        NUM_TOKENS["recall"],
+        num_tokens,
         features,
         heads,
         length,
@@ -99,104 +99,147 @@ def make_model(name: str, features: int, heads: int, length: int, *, seed: int) 
         attention=attention,
         rngs=nnx.Rngs(seed),
     )
-    return recall.quieted(model)
+    return quieted(model)
 
 
-def needle(key: jax.Array, count: int, length: int) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 [count, length] of which one stands before a value, and is the last one, too."""
+def needle(key: jax.Array, count: int, *, length: int) -> tuple[jax.Array, jax.Array]:
+    """A token that stands before a value somewhere, and is the last one, too: see `recall.Draw`."""
+    half = NUM_TOKENS["recall"] // 2
     place_key, value_key, key = jax.random.split(key, 3)
-    tokens = jax.random.randint(key, (count, length), 1, _VALUES)
+    tokens = jax.random.randint(key, (count, length), 1, half)
     place = jax.random.randint(place_key, (count,), 0, length - 2)
-    value = jax.random.randint(value_key, (count,), _VALUES, 2 * _VALUES)
+    value = jax.random.randint(value_key, (count,), half, 2 * half)
     at = jnp.arange(count)
-    return tokens.at[at, place].set(0).at[at, place + 1].set(value).at[:, -1].set(0), value[:, None]
+    tokens = tokens.at[at, place].set(0).at[at, place + 1].set(value).at[:, -1].set(0)
+    return tokens, jnp.full_like(tokens, -1).at[:, -1].set(value)
 
 
-def _pairs(share: float, key: jax.Array, count: int, length: int) -> tuple[jax.Array, jax.Array]:
-    """Examples of the recall task, of so many pairs a token."""
-    return recall.examples(key, count, length=length, pairs=round(share * length))
+def zoology(
+    key: jax.Array, count: int, *, length: int, pairs: int, total: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Multi-query associative recall as zoology draws it (arXiv 2312.04927): see `recall.Draw`.
+
+    After the pairs, every key is asked for once, most of them soon, among tokens that are drawn
+    from all.
+
+    Args:
+      key: a PRNG key.
+      count: examples.
+      length: of an example.
+      pairs: of key and value; a quarter of the length at most.
+      total: with so many tokens, the last ones 0; `length` where None.
+    """
+    half = _VOCABULARY // 2
+    keys_key, values_key, gaps_key, key = jax.random.split(key, 4)
+
+    def choose(key, scores):
+        return jax.lax.top_k(scores[None] + jax.random.gumbel(key, (count, scores.size)), pairs)[1]
+
+    keys = 1 + choose(keys_key, jnp.zeros(half - 1))
+    values = half + choose(values_key, jnp.zeros(half))
+    space = (length - 2 * pairs) // 2
+    likely = (_POWER - 1) * jnp.log1p(jnp.arange(space, dtype=jnp.float32))
+    places = 2 * pairs + 2 * choose(gaps_key, likely)
+    rows = jnp.arange(count)[:, None]
+    tokens = jax.random.randint(key, (count, length), 0, _VOCABULARY)
+    told = jnp.stack([keys, values], -1).reshape(count, 2 * pairs)
+    tokens = tokens.at[:, : 2 * pairs].set(told).at[rows, places].set(keys)
+    answers = jnp.full_like(tokens, -1).at[rows, places].set(values)
+    rest = [(0, 0), (0, (length if total is None else total) - length)]
+    return jnp.pad(tokens, rest), jnp.pad(answers, rest, constant_values=-1)
 
 
-def fit(model: TransformerLM, draw: Draw, *, seed: int) -> Any:
-    """Trains a model, as the flags say; returns its state."""
+def zoology_mixture(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """A batch of one of the lengths that are trained on, of those that it has examples of."""
+    which_key, key = jax.random.split(key)
+    longest = max(length for length, _, _ in _TRAINED)
+    draws = [
+        functools.partial(zoology, count=count, length=length, pairs=pairs, total=longest)
+        for length, pairs, _ in _TRAINED
+    ]
+    shares = jnp.array([number for *_, number in _TRAINED], jnp.float32)
+    which = jax.random.categorical(which_key, jnp.log(shares))
+    return jax.lax.switch(which, draws, key)
+
+
+def fit(models: list[TransformerLM], draw: recall.Draw, *, seed: int) -> list[nnx.State]:
+    """Trains models of one kind side by side, as the flags say; returns their states."""
     given = flags.FLAGS
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    rate = updates.warmup_cosine(given.learning_rate, given.steps, warmup=100)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-
-    def loss_fn(params, rest, key):
-        tokens, answers = draw(key, given.batch_size, given.length)
-        model = nnx.merge(graphdef, params, rest, copy=True)
-        logits = model(tokens)[:, -answers.shape[1] :]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, answers)
-        return losses.mean(), nnx.state(model, nnx.Not(nnx.Param))
-
-    @jax.jit
-    def steps(carry, keys):
-        def step(carry, key):
-            params, rest, moments = carry
-            (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rest, key)
-            updates, moments = optimizer.update(grads, moments)
-            return (optax.apply_updates(params, updates), rest, moments), loss
-
-        return jax.lax.scan(step, carry, keys)
-
-    carry = params, rest, optimizer.init(params)
-    for first in range(0, given.steps, _AT_ONCE):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), first), _AT_ONCE)
-        carry, losses = steps(carry, keys[: given.steps - first])
-        print(f"  step {first + len(losses)}: loss {losses.mean():.4f}", flush=True)
-    return nnx.merge_state(*carry[:2])
+    optimizer = recall.make_optimizer(given.learning_rate, given.steps)
+    loss_fn = recall.make_loss(draw, given.batch_size)
+    options = {"seed": seed, "steps": given.steps, "every": _AT_ONCE}
+    for done in seeds.train(models, optimizer, loss_fn, (), **options):
+        for i, row in enumerate(done.scalars):
+            line = "  seed {}, step {}: loss {loss:.4f}, accuracy {accuracy:.4f}"
+            print(line.format(seed + i, done.step, **row), flush=True)
+    return done.states
 
 
-def accuracy(model: TransformerLM, state: Any, draw: Draw, length: int) -> dict[str, float]:
+def test(model: TransformerLM, draw: recall.Draw, length: int) -> dict[str, float]:
     """The share of right answers, and what a token costs, in evaluation."""
-    graphdef = nnx.split(nnx.view(model, deterministic=True))[0]
     count = max(1, 2**13 // length)
-
-    @jax.jit
-    def run(state, tokens):
-        return nnx.merge(graphdef, state, copy=True)(tokens).argmax(-1)
-
     right, seconds = [], []
     for i in range(max(4, 64 // count)):
-        tokens, answers = draw(jax.random.fold_in(jax.random.key(123), i), count, length)
+        tokens, answers = draw(jax.random.fold_in(jax.random.key(123), i), count)
         begin = time.perf_counter()
-        said = np.asarray(run(state, tokens))[:, -answers.shape[1] :]
+        said = np.asarray(recall.said(model, tokens))
         seconds.append(time.perf_counter() - begin)
-        right.append(said == np.asarray(answers))
+        right.append((said == answers)[answers >= 0])
     cost = 1e6 * float(np.median(seconds[1:])) / count / length
-    return {"accuracy": float(np.mean(right)), "us_per_token": cost}
+    return {"accuracy": float(np.concatenate(right).mean()), "us_per_token": cost}
 
 
 def main(argv):
     """Trains and tests models of all patterns and seeds."""
     del argv
     given, cases = flags.FLAGS, []
+    draw, tested = _task(given)
+    num_tokens = _VOCABULARY if given.task == "zoology" else NUM_TOKENS["recall"]
+    all_seeds = range(given.seed, given.seed + given.seeds)
+    for pattern in given.patterns:
+        make = functools.partial(make_model, pattern, num_tokens, given.features, given.heads)
+        models = [make(given.length, seed=seed) for seed in all_seeds]
+        states = fit(models, draw, seed=given.seed)
+        for name, length, draw_test in tested:
+            for seed, state in zip(all_seeds, states, strict=True):
+                model = make(length, seed=seed)
+                nnx.update(model, state)
+                figures = test(model, draw_test, length)
+                cases.append({"name": f"{pattern}, seed {seed}, {name}", **figures})
+                line = "{name}: accuracy {accuracy:.4f}, {us_per_token:.3g} us a token"
+                print(line.format(**cases[-1]), flush=True)
+    print(json.dumps({"task": given.task, "steps": given.steps, "cases": cases}))
+
+
+def _task(given: flags.FlagValues) -> tuple[recall.Draw, list[tuple[str, int, recall.Draw]]]:
+    """What to train on, and what to test on: a name, a length, and examples of it."""
+    if given.task == "zoology":
+        return zoology_mixture, [
+            (
+                f"{pairs} pairs in {length} tokens",
+                length,
+                functools.partial(zoology, length=length, pairs=pairs),
+            )
+            for length, pairs in _TESTED
+        ]
     lengths = [given.length * 4**i for i in range(8) if given.length * 4**i <= given.longest]
+    share = given.pairs / given.length
     if not lengths:
         raise app.UsageError(f"--longest: want at least --length={given.length}")
-    share = given.pairs / given.length
-    if given.task == "recall" and not (share < 0.5 and share * lengths[-1] <= _VALUES):
+    if given.task == "recall" and not (
+        share < 0.5 and share * lengths[-1] <= NUM_TOKENS["recall"] // 2
+    ):
         raise app.UsageError(
             f"--pairs: got {given.pairs}, want less than half of --length={given.length}, and no "
-            f"more than {_VALUES} in {lengths[-1]} tokens"
+            f"more than {NUM_TOKENS['recall'] // 2} in {lengths[-1]} tokens"
         )
-    draw = needle if given.task == "needle" else functools.partial(_pairs, share)
-    for pattern in given.patterns:
-        for seed in range(given.seed, given.seed + given.seeds):
-            make = functools.partial(make_model, pattern, given.features, given.heads, seed=seed)
-            state = fit(make(given.length), draw, seed=seed)
-            for length in lengths:
-                found = accuracy(make(length), state, draw, length)
-                cases.append({"name": f"{pattern}, seed {seed}, {length} tokens", **found})
-                print(
-                    "{name}: accuracy {accuracy:.4f}, {us_per_token:.3g} us a token".format(
-                        **cases[-1]
-                    ),
-                    flush=True,
-                )
-    print(json.dumps({"task": given.task, "steps": given.steps, "cases": cases}))
+
+    def draw(length):
+        if given.task == "needle":
+            return functools.partial(needle, length=length)
+        return functools.partial(recall.examples, length=length, pairs=round(share * length))
+
+    return draw(given.length), [(f"{length} tokens", length, draw(length)) for length in lengths]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the other lines after the one that has found it. So gradients reach coordinates,
 and nothing is compared with everything: see docs/content.md.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -30,6 +31,7 @@ def content_points(
     num_nearest: int,
     limits: jax.Array | None = None,
     mask: jax.Array | None = None,
+    in_order: "InOrder | None" = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The keys next to each query on every line, and the products of their densities on all.
 
@@ -42,6 +44,8 @@ def content_points(
       limits: int32 [t] in 0 to s, how many of the keys, the first ones, each query may have; all
         where None.
       mask: bool [*B, s], the keys that exist; all where None.
+      in_order: of each line, [*B, l, s], the keys that all queries may have, in place of limits and
+        mask: they need not be sorted again.
 
     Returns:
       Indices int32 [*B, t, l num_nearest, 1] and weights [*B, t, l num_nearest]: what
@@ -70,13 +74,12 @@ def content_points(
     if size == 0:
         shape = *means.shape[:-1], lines * num_nearest
         return jnp.zeros((*shape, 1), jnp.int32), jnp.zeros(shape, dtype)
-    nearest = nearest_keys(
-        jnp.moveaxis(coordinates, -1, -2),
-        jnp.moveaxis(means, -1, -2),
-        num_nearest,
-        limits=limits,
-        mask=mask,
-    )
+    by_line = jnp.moveaxis(means, -1, -2)
+    if in_order is None:
+        keys_by_line = jnp.moveaxis(coordinates, -1, -2)
+        nearest = nearest_keys(keys_by_line, by_line, num_nearest, limits=limits, mask=mask)
+    else:
+        nearest = in_order.nearest(by_line, num_nearest)
     nearest = jnp.moveaxis(nearest, -3, -2)
     nearest = reshape(nearest, (*means.shape[:-1], lines * num_nearest), leading=len(leading))
     weights = _densities(coordinates, means, sigmas, nearest)
@@ -161,6 +164,52 @@ def _of_the_first(exists, limits):
     return _at(jnp.pad(jnp.cumsum(exists, dtype=jnp.int32), (1, 0)), limits)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InOrder:
+    """The first few keys in the order of their coordinates, to which the next one can be added.
+
+    Attributes:
+      values: float [*B, s], their coordinates in ascending order, then NaN.
+      keys: int32 [*B, s], which they are.
+      number: int32 [], how many.
+    """
+
+    values: jax.Array
+    keys: jax.Array
+    number: jax.Array
+
+    @classmethod
+    def of(cls, coordinates: jax.Array, number: jax.Array) -> "InOrder":
+        """Sorts the first int32 [] of the keys at coordinates float [*B, s]."""
+        keys = jax.lax.broadcasted_iota(jnp.int32, coordinates.shape, coordinates.ndim - 1)
+        values = jnp.where(keys < number, jax.lax.stop_gradient(coordinates), jnp.nan)
+        return cls(*jax.lax.sort_key_val(values, keys), number)
+
+    def add(self, coordinates: jax.Array) -> "InOrder":
+        """With the next key, at coordinates float [*B]: a step for each key, and no sort."""
+        added = lift("(s),(s),(),()->(s),(s)")(_added)
+        coordinates = jax.lax.stop_gradient(coordinates)
+        values, keys = added(self.values, self.keys, coordinates, self.number)
+        return InOrder(values, keys, self.number + 1)
+
+    def nearest(self, means: jax.Array, count: int) -> jax.Array:
+        """What `nearest_keys` returns of these keys, for means float [*B, t]."""
+        search = lift("(s),(s),(t),()->(t,p)")(functools.partial(_among_sorted, count))
+        return search(self.values, self.keys, jax.lax.stop_gradient(means), self.number)
+
+
+def _added(values, keys, coordinate, number):
+    after = jnp.searchsorted(values, coordinate, side="right").astype(jnp.int32)
+    after = jnp.minimum(after, number)
+    place = jnp.arange(values.size, dtype=jnp.int32)
+
+    def insert(x, new):
+        return jnp.where(place < after, x, jnp.where(place == after, new, jnp.roll(x, 1)))
+
+    return insert(values, coordinate), insert(keys, number)
+
+
 def _at(table, places):
     """What a table says at places that are known to be inside of it."""
     return table.at[places].get(mode="promise_in_bounds")
@@ -180,7 +229,12 @@ def _wanted(below, number, count):
 def _among_all(count, coordinates, means, number):
     keys = jnp.arange(coordinates.size, dtype=jnp.int32)
     values, order = jax.lax.sort_key_val(coordinates, keys)
+    return _among_sorted(count, values, order, means, number)
+
+
+def _among_sorted(count, values, order, means, number):
     below = jnp.searchsorted(values, means).astype(jnp.int32)
+    number = jnp.broadcast_to(number, below.shape)
     ranks, found = _wanted(jnp.minimum(below, number), number, count)
     return jnp.where(found, _at(order, ranks), -1)
 

@@ -228,6 +228,10 @@ WORDS = {
         "--task=x", "--patterns=x", "--patterns=", "--pairs=64", "--longest=64", "--longest=2048",
         "--seeds=0", "--steps=0", "--length=1", "--learning_rate=-1", "word",
     ),
+    "benchmarks.language": (
+        "--layers=x", "--layers=", "--corpus=nowhere/x", "--length=1", "--length=99999999",
+        "--seeds=0", "--steps=0", "--every=0", "--learning_rate=-1", "--test_bytes=1", "word",
+    ),
     "benchmarks.sort": (
         "--protocol=x", "--sizes=0", "--sizes=", "--sizes=x", "--methods=x", "--supervision=x",
         "--factors=0", "--factors=nan", "--protocol=mnist4 --data_dir=nowhere", "--out=nowhere/x",

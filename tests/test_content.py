@@ -8,8 +8,9 @@ from flax import nnx
 from laws import assert_close, assert_equal, assert_finite, largest_array
 
 import hyperlayer_jax as hl
+from hyperlayer_jax.content import InOrder
 from hyperlayer_jax.nn import SparseSelfAttention
-from hyperlayer_jax.nn.content import Lines
+from hyperlayer_jax.nn.content import Content, Lines
 
 find = jax.jit(hl.nearest_keys, static_argnums=2)
 
@@ -130,6 +131,39 @@ def test_the_same_tokens_are_alike_however_they_are_cut():
     of = jax.jit(lambda x: nnx.merge(graphdef, state).means(x))
     alone = [of(x[:, i : i + 1]) for i in range(x.shape[1])]
     assert_equal(jnp.concatenate(alone, 2), of(x))
+
+
+def test_keys_are_in_order_that_come_one_by_one():
+    """As if those that there are were sorted anew, with some alike and some that are no numbers."""
+    coordinates = np.round(np.random.default_rng(0).normal(size=(3, 9)), 1).astype(np.float32)
+    coordinates[1, 3:6], coordinates[2, 4:7] = coordinates[1, 0], (np.nan, np.inf, -np.inf)
+    means = jnp.asarray(coordinates[:, [0, 2, 3, 5, 6, 8]])
+
+    @jax.jit
+    def both(in_order, i):
+        in_order = in_order.add(coordinates[:, i])
+        limits = jnp.full(means.shape[1], i + 1, jnp.int32)
+        wanted = hl.nearest_keys(coordinates, means, 4, limits=limits)
+        return in_order, in_order.nearest(means, 4), wanted
+
+    coordinates = jnp.asarray(coordinates)
+    in_order = InOrder.of(coordinates, jnp.int32(0))
+    for i in range(coordinates.shape[1]):
+        in_order, keys, wanted = both(in_order, jnp.int32(i))
+        assert in_order.number == i + 1
+        assert_equal(keys, wanted)
+        assert_equal(InOrder.of(coordinates, jnp.int32(i + 1)).nearest(means, 4), wanted)
+
+
+def test_what_came_next_is_found_before_the_window_and_in_it():
+    """At first: its weight is 1, beside that of the window."""
+    table = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
+    x = jnp.asarray(table[[[0, 1, 2, 3, 4, 5, 3, 0]]])
+    content = Content(num_lines=2, num_nearest=2, window=4)
+    layer = SparseSelfAttention(16, 1, 8, pattern=content, rngs=nnx.Rngs(0))
+    weights = hl.todense(layer.pattern(x))[0]
+    assert_close(weights[7, 1], 1.0, atol=1e-3)
+    assert_close(weights[6, 4], 1.25, atol=1e-3)
 
 
 def test_no_two_parameters_are_one_array():

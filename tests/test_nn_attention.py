@@ -51,7 +51,7 @@ SAMPLER = {"num_global": 1, "num_local": 1, "region": 3}
 def attention(*sizes, pattern, rngs, sampler=None, **options):
     """A layer whose sampler draws few points."""
     if pattern.draws:
-        options["sampler"] = Sampler(**SAMPLER | (sampler or {}), rngs=rngs)
+        options["sampler"] = SAMPLER | (sampler or {})
     return SparseSelfAttention(*sizes, pattern=pattern, num_kv_heads=K, rngs=rngs, **options)
 
 

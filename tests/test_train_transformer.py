@@ -111,7 +111,8 @@ def test_pictures_show_the_largest_weight_of_each_square():
 
 def test_an_answer_is_what_stood_next_to_its_key():
     tokens, answers = map(np.asarray, recall.examples(jax.random.key(0), 3, length=20, pairs=6))
-    for told, asked, wanted in zip(tokens[:, :12], tokens[:, 12:], answers, strict=True):
+    assert (answers[:, :12] == -1).all()
+    for told, asked, wanted in zip(tokens[:, :12], tokens[:, 12:], answers[:, 12:], strict=True):
         values = dict(told.reshape(6, 2).tolist())
         assert len(values) == 6
         assert wanted.tolist() == [values[key] for key in asked.tolist()]

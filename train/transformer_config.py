@@ -10,7 +10,7 @@ from flax import nnx
 
 from hyperlayer_jax.nn import TransformerLM
 from hyperlayer_jax.nn.pattern import Pattern
-from hyperlayer_jax.nn.patterns import PATTERNS
+from hyperlayer_jax.nn.patterns import PATTERNS, Content
 from train import launcher, text
 from train.sequences import DividedAttention
 
@@ -169,8 +169,11 @@ class Config(launcher.Config):
 
 
 def make_model(config: Config) -> TransformerLM:
-    """Makes the model that a config describes."""
-    return TransformerLM(
+    """Makes the model that a config describes.
+
+    Layers of the recall task, and those around one that goes by content, add nothing at first.
+    """
+    model = TransformerLM(
         NUM_TOKENS[config.task],
         config.features,
         config.num_heads,
@@ -182,18 +185,26 @@ def make_model(config: Config) -> TransformerLM:
         dtype=jnp.bfloat16 if config.bfloat16 else None,
         rngs=nnx.Rngs(config.seed),
     )
+    return quieted(model) if config.task == "recall" or Content.letter in config.layers else model
+
+
+def quieted(model: TransformerLM) -> TransformerLM:
+    """The model with layers that at first add nothing, so that tokens say what they are."""
+    for block in model.blocks:
+        for last in (block.attention.out_proj, block.down_proj):
+            last.kernel[...] = jnp.zeros_like(last.kernel[...])
+    return model
 
 
 def _attention(config: Config, *sizes: int, pattern: Pattern, **options: Any) -> DividedAttention:
     """The attention of one layer: flags that are options of its pattern reach this."""
     own = {field.name for field in dataclasses.fields(pattern)} & set(vars(config))
-    layer = DividedAttention(
+    if pattern.draws:
+        names = "num_global", "num_local", "region"
+        options["sampler"] = {name: getattr(config, name) for name in names}
+    return DividedAttention(
         *sizes,
         pattern=dataclasses.replace(pattern, **{name: getattr(config, name) for name in own}),
         implementation=config.implementation,
         **options,
     )
-    # Its own sampler: one made before would take the key that its projections have of a seed.
-    for name in ("num_global", "num_local", "region"):
-        setattr(layer.sampler, name, getattr(config, name))
-    return layer

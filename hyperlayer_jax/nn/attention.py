@@ -1,6 +1,7 @@
 """Self-attention over learned positions, or over another pattern."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ class SparseSelfAttention(nnx.Module):
         causal: bool = True,
         num_kv_heads: int | None = None,
         rotary: bool = True,
-        sampler: Sampler | None = None,
+        sampler: Sampler | Mapping[str, Any] | None = None,
         dtype: jnp.dtype | None = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
@@ -81,12 +82,13 @@ class SparseSelfAttention(nnx.Module):
           rotary: turns queries and keys by their position, so that logits can tell distances. They
             then find the right one among sampled points by themselves, and leave a learned position
             that is nearly right without a gradient (docs/offset.md).
-          sampler: draws points around learned positions; 4 global and 2 local ones within 8
-            positions where None. "window" and "dense" draw nothing, and take none.
+          sampler: draws points around learned positions; or options of one that the layer makes, in
+            place of 4 global and 2 local points within 8 positions. "window" and "dense" draw
+            nothing, and take none.
           dtype: of the computation; where None, what the input and float32 parameters promote to.
             Positions are always float32.
           implementation: the kernel backend for what it serves, chosen by device where None.
-          rngs: the stream `params`, and `sample` where the sampler is None.
+          rngs: the stream `params`, and `sample` where no sampler is given.
 
         Raises:
           ValueError: a size is out of range or does not divide another, `pattern` is unknown, or a
@@ -124,8 +126,9 @@ class SparseSelfAttention(nnx.Module):
         self.qkv_proj = TokenLinear(features, outputs, use_bias=False, dtype=dtype, rngs=rngs)
         self.out_proj = TokenLinear(features, features, use_bias=False, dtype=dtype, rngs=rngs)
         self.positions = nnx.data(pattern.make_positions(self, rngs))
-        if sampler is None:
-            sampler = Sampler(num_global=4, num_local=2, region=8, rngs=rngs)
+        if not isinstance(sampler, Sampler):
+            own = {"num_global": 4, "num_local": 2, "region": 8} | dict(sampler or {})
+            sampler = Sampler(**own, rngs=rngs)
         self.sampler = sampler
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hyperlayer_jax.content import content_points
+from hyperlayer_jax.content import InOrder, content_points
 from hyperlayer_jax.nn.linear import TokenLinear
 from hyperlayer_jax.nn.pattern import Pattern, attend
 from hyperlayer_jax.nn.window import window_columns
@@ -85,10 +85,10 @@ class Lines(nnx.Module):
 class Content(Pattern):
     """The tokens that say what a token asks for, wherever they are, and the last ones.
 
-    On each of a few learned lines, a token sees those next to where it looks, of all before the
-    window where causal, and of all that there are where not. So it sees at most `num_lines`
-    `num_nearest` + `window` keys, at the cost of sorting. See `content_points`. A found key at its
-    place has as large a weight as all of the window.
+    On each of a few learned lines, a token sees those next to where it looks, of all up to itself
+    where causal, and of all that there are where not. So it sees at most `num_lines` `num_nearest`
+    + `window` keys, at the cost of sorting. See `content_points`. A found key at its place has as
+    large a weight as all of the window; one of the window that is found has both weights.
 
     Attributes:
       num_lines: of each head.
@@ -109,42 +109,45 @@ class Content(Pattern):
 
     def pattern(self, layer, tokens):
         coordinates, _ = layer.positions.coordinates(tokens.x)
-        return self._pattern(layer, tokens, coordinates, tokens.x.shape[1])
+        limits = tokens.rows + 1 if layer.causal else None
+        return self._pattern(layer, tokens, coordinates, limits=limits)
 
     def init_cache(self, layer, keys):
-        """Coordinates of all tokens, and what the last one says of its successor."""
+        """Coordinates of all tokens, the same in order, and what the last says of its successor."""
         shape = keys.shape[0], layer.positions.num_heads, keys.shape[1], self.num_lines
         coordinates = jnp.zeros(shape, jnp.float32)
-        return coordinates, coordinates[:, :, :1]
+        in_order = InOrder.of(jnp.moveaxis(coordinates, -1, -2), jnp.int32(0))
+        return coordinates, in_order, coordinates[:, :, :1]
 
     def extend(self, layer, tokens, keys, values, state):
-        coordinates, before = state
+        coordinates, in_order, before = state
         new, before = layer.positions.coordinates(tokens.x, before)
         coordinates = jax.lax.dynamic_update_slice_in_dim(coordinates, new, tokens.rows[0], 2)
-        pattern = self._pattern(layer, tokens, coordinates, keys.shape[1])
-        return attend(layer, tokens.query, keys, values, pattern), (coordinates, before)
+        if tokens.rows.size == 1:
+            in_order = in_order.add(new[:, :, 0])
+            pattern = self._pattern(layer, tokens, coordinates, in_order=in_order)
+        else:
+            number = tokens.rows[-1] + 1
+            in_order = InOrder.of(jnp.moveaxis(coordinates, -1, -2), number)
+            pattern = self._pattern(layer, tokens, coordinates, limits=tokens.rows + 1)
+        out = attend(layer, tokens.query, keys, values, pattern)
+        return out, (coordinates, in_order, before)
 
-    def _pattern(self, layer, tokens, coordinates, length):
-        """The pattern of tokens over `length` keys at coordinates [B, heads, length, l]."""
-        rows, (batch, heads) = tokens.rows, coordinates.shape[:2]
+    def _pattern(self, layer, tokens, coordinates, **options):
+        """The pattern of tokens over keys at coordinates [B, heads, length, l]."""
+        rows, (batch, heads, length, _) = tokens.rows, coordinates.shape
         near, seen = window_columns(rows, length, window=self.window, causal=layer.causal)
         mask = tokens.mask
         if mask is not None:
             mask = jnp.broadcast_to(mask[:, None], (batch, heads, length))
-        limits = jnp.maximum(rows + 1 - self.window, 0) if layer.causal else None
         found, weights = content_points(
             coordinates,
             layer.positions.means(tokens.x),
             layer.positions.sigmas(batch),
             num_nearest=self.num_nearest,
-            limits=limits,
             mask=mask,
+            **options,
         )
-        if not layer.causal:
-            # What the window sees is not seen once more.
-            first, last = near[None, None, :, :1], near[None, None, :, -1:]
-            inside = (found[..., 0] >= first) & (found[..., 0] <= last)
-            weights = jnp.where(inside, 0, weights)
         zeros = jnp.zeros_like(weights[..., :1])
         seen = zeros + seen[None, None].astype(weights.dtype) / self.window
         near = zeros.astype(near.dtype) + near[None, None]
