@@ -26,7 +26,7 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import command
-from train import canvases, evaluation, glimpse, updates
+from train import canvases, data, evaluation, glimpse, updates
 from train.config import FlagError, make, parse
 
 _EVALUATIONS = 6
@@ -34,6 +34,8 @@ _AT_A_TIME = 2
 _AT_ONCE = 500
 _SCENES_AT_ONCE = 50
 _PIXELS_AT_ONCE = 2**22
+# Of one configuration: the others go on.
+_FAILURES = data.DataError, FlagError, FloatingPointError, jax.errors.JaxRuntimeError
 
 
 class Contest:
@@ -119,6 +121,14 @@ def _config(name: str) -> glimpse.Config:
         raise app.UsageError(f"{name}: {error}") from error
 
 
+def _check(name, candidates):
+    config = _config(name)
+    cells = (config.canvas // config.coarseness) ** 2
+    most = min(config.scored or cells, cells)
+    if config.model in glimpse.CANDIDATES and max(candidates, default=0) > most:
+        raise app.UsageError(f"--candidates: want at most the {most} cells of {name}")
+
+
 def _wrong(graphdef, config, size, view, states, keys, split, numbers):
     """The part of canvases that each seed gets wrong; int32 [parts, n] of digits or scenes."""
 
@@ -172,9 +182,9 @@ def elsewhere(contest: Contest, candidates: list[int]) -> dict[str, Any]:
 
 def main(argv):
     values = flags.FLAGS
-    names = argv[1:] or ["model=find"]
+    names, candidates = argv[1:] or ["model=find"], [int(n) for n in values.candidates or []]
     for name in names:
-        _config(name)
+        _check(name, candidates)
     contests: dict[Contest, dict[str, Any]] = {}
     with ThreadPoolExecutor(1) as makers, ThreadPoolExecutor(_AT_A_TIME) as compilers:
 
@@ -184,21 +194,29 @@ def main(argv):
             return contest, [compilers.submit(compile) for compile in work]
 
         for future in [makers.submit(prepare, name) for name in names]:
-            contest, compiling = future.result()
             try:
+                contest, compiling = future.result()
                 for part in compiling:
                     part.result()
                 contests[contest] = run(contest)
                 print(json.dumps(contests[contest]), flush=True)
-            except (FloatingPointError, jax.errors.JaxRuntimeError) as error:
+            except _FAILURES as error:
                 print(error, file=sys.stderr, flush=True)
     for contest, figures in contests.items():
-        figures.update(elsewhere(contest, list(map(int, values.candidates))))
+        figures.update(elsewhere(contest, candidates))
         print(json.dumps(figures), flush=True)
     print(json.dumps({"cases": list(contests.values())}))
+    if len(contests) < len(names):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
     flags.DEFINE_integer("seeds", 3, "Of each run, beginning with its own.", lower_bound=1)
-    flags.DEFINE_list("candidates", [], "How many are read in evaluation, besides as in training.")
+    command.define_numbers(
+        "candidates",
+        None,
+        "How many are read in evaluation, besides as in training.",
+        kind=int,
+        below=2**10,
+    )
     command.run(main, arguments=None)

@@ -15,6 +15,7 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import command, seeds
+from hyperlayer_jax.nn.patterns import PATTERNS
 from train import language, text, transformer_config
 from train.data import DataError
 
@@ -28,7 +29,7 @@ def main(argv):
     try:
         corpus = text.load(given.corpus)
         parts = [_spread(part, given) for part in (corpus.validation, corpus.test)]
-        configs = [transformer_config.Config(layers=x, **options) for x in given.layers]
+        configs = [_config(layers, options) for layers in given.layers]
     except (DataError, ValueError) as error:
         raise app.UsageError(error) from error
     print(f"{given.corpus}: sha256 {corpus.sha256}", flush=True)
@@ -62,6 +63,14 @@ def _spread(part, given):
     return windows[np.arange(count) * len(windows) // count]
 
 
+def _config(layers, options):
+    """Without the width of a window where no layer has one."""
+    windowed = {pattern.letter for pattern in PATTERNS.values() if hasattr(pattern, "window")}
+    if windowed.isdisjoint(layers):
+        options = {name: value for name, value in options.items() if name != "window"}
+    return transformer_config.Config(layers=layers, **options)
+
+
 def _model(config):
     model = transformer_config.make_model(config)
     return transformer_config.quieted(model) if flags.FLAGS.quiet else model
@@ -76,7 +85,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("length", 1024, "Bytes of an example.", lower_bound=2)
     flags.DEFINE_integer("window", 16, "Bytes that a window sees.", lower_bound=1)
     flags.DEFINE_integer("features", 64, "Width of the model.", lower_bound=1)
-    flags.DEFINE_integer("steps", 300, "Updates.", lower_bound=1)
+    flags.DEFINE_integer("steps", 200, "Updates.", lower_bound=1)
     flags.DEFINE_integer("every", 100, "Updates until it is looked at.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 2, "Examples in an update.", lower_bound=1)
     flags.DEFINE_integer("test_bytes", 2**16, "To look at, and to report on.", lower_bound=2)

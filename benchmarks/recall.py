@@ -198,7 +198,10 @@ def main(argv):
     all_seeds = range(given.seed, given.seed + given.seeds)
     for pattern in given.patterns:
         make = functools.partial(make_model, pattern, num_tokens, given.features, given.heads)
-        models = [make(given.length, seed=seed) for seed in all_seeds]
+        try:
+            models = [make(given.length, seed=seed) for seed in all_seeds]
+        except ValueError as error:
+            raise app.UsageError(f"{pattern}: {error}") from error
         states = fit(models, draw, seed=given.seed)
         for name, length, draw_test in tested:
             for seed, state in zip(all_seeds, states, strict=True):
@@ -243,7 +246,7 @@ def _task(given: flags.FlagValues) -> tuple[recall.Draw, list[tuple[str, int, re
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("task", "recall", ["recall", "needle"], "What is asked for.")
+    flags.DEFINE_enum("task", "recall", ["recall", "needle", "zoology"], "What is asked for.")
     command.define_choices("patterns", _PATTERNS, "Of the second layer.")
     flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
     flags.DEFINE_integer("seeds", 1, "Runs of each pattern.", lower_bound=1)

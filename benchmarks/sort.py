@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
+from absl import app, flags
 from flax import nnx
 
 from benchmarks import command
@@ -336,6 +336,15 @@ def chosen(results: list[dict]) -> list[dict]:
     return [max(trials.values(), key=lambda r: r["validation"]) for trials in last.values()]
 
 
+def _read(out):
+    """The figures in a file of an earlier run."""
+    try:
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        return [line for line in lines if line["step"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise app.UsageError(f"--out: {out} has lines that are no results: {error}") from error
+
+
 def main(argv):
     del argv
     given = flags.FLAGS
@@ -345,9 +354,7 @@ def main(argv):
     except data.DataError as error:
         sys.exit(" ".join(str(error).split()))
     out = command.check_file("out", given.out)
-    done = (
-        [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
-    )
+    done = _read(out) if out and out.exists() else []
     steps = given.steps or protocol.steps
     methods = given.methods or _METHODS
     results = []

@@ -170,6 +170,8 @@ class Config(canvases.Config):
             raise ValueError(
                 f"--coarseness must divide --canvas={self.canvas}, got {self.coarseness}"
             )
+        if self.task == "megapixel":
+            megapixel.check(self)
         for name in ("canvas", "eval_canvas"):
             size = getattr(self, name)
             if 0 < size < self.digit_size:

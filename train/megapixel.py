@@ -48,6 +48,19 @@ class Scenes(NamedTuple):
         return images, Survey(overviews, self.contrast[numbers], self.chosen[numbers])
 
 
+def check(config) -> None:
+    """Raises a ValueError where digits may find no place, or all cells would be scored."""
+    least = (_NUM_ALIKE + _NUM_OTHERS) * config.digit_size
+    if config.canvas < least:
+        raise ValueError(
+            f"--canvas must be at least {least} for digits of --digit_size={config.digit_size}, "
+            f"got {config.canvas}"
+        )
+    cells = (config.canvas // config.coarseness) ** 2
+    if config.scored >= cells:
+        raise ValueError(f"--scored must be below the {cells} cells, got {config.scored}")
+
+
 def load(config) -> data.Dataset:
     """Training canvases as many as the config says, 1000 for validation and for testing.
 
