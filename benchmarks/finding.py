@@ -193,15 +193,20 @@ def main(argv):
             work = contest.compile, contest.compile_evaluation
             return contest, [compilers.submit(compile) for compile in work]
 
-        for future in [makers.submit(prepare, name) for name in names]:
-            try:
-                contest, compiling = future.result()
-                for part in compiling:
-                    part.result()
-                contests[contest] = run(contest)
-                print(json.dumps(contests[contest]), flush=True)
-            except _FAILURES as error:
-                print(error, file=sys.stderr, flush=True)
+        try:
+            for future in [makers.submit(prepare, name) for name in names]:
+                try:
+                    contest, compiling = future.result()
+                    for part in compiling:
+                        part.result()
+                    contests[contest] = run(contest)
+                    print(json.dumps(contests[contest]), flush=True)
+                except _FAILURES as error:
+                    print(error, file=sys.stderr, flush=True)
+        finally:
+            # Where it is interrupted, only what has begun to be compiled is waited for.
+            for pool in (makers, compilers):
+                pool.shutdown(wait=False, cancel_futures=True)
     for contest, figures in contests.items():
         figures.update(elsewhere(contest, candidates))
         print(json.dumps(figures), flush=True)

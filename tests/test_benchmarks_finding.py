@@ -21,6 +21,8 @@ NAME = (
 def test_flags_that_cannot_be_used_are_named():
     with pytest.raises(app.UsageError, match="model=find canvas=97: --coarseness must divide"):
         finding.Contest("model=find canvas=97", 1)
+    with pytest.raises(app.UsageError, match="--candidates: want at most the 9 cells"):
+        finding._check("model=find canvas=18 candidates=4", [4, 10])
 
 
 @pytest.mark.slow

@@ -77,6 +77,10 @@ def test_what_is_known_of_a_canvas_is_what_a_survey_of_all_of_it_says():
 
 
 def test_flags_of_a_megapixel():
+    with pytest.raises(ValueError, match="--canvas must be at least 140 for digits"):
+        glimpse.Config(task="megapixel", canvas=120)
+    with pytest.raises(ValueError, match="--scored must be below the 324 cells, got 384"):
+        glimpse.Config(task="megapixel", canvas=180)
     with pytest.raises(ValueError, match="--task=megapixel wants --scored"):
         glimpse.Config(task="megapixel", model="stn")
     with pytest.raises(ValueError, match="--rotation has no effect with --task=megapixel"):
