@@ -69,6 +69,13 @@ def content_points(
     if mask is not None:
         checks.check_mask("mask", mask, (*leading, size))
         mask = jnp.broadcast_to(mask[..., None, :], (*leading, lines, size))
+    if in_order is not None:
+        if limits is not None or mask is not None:
+            raise ValueError("in_order: got limits or a mask as well, want one or the other")
+        if in_order.keys.shape != (*leading, lines, size):
+            raise ValueError(
+                f"in_order: got shape {in_order.keys.shape}, want {(*leading, lines, size)}"
+            )
     dtype = accumulator(coordinates.dtype)
     coordinates, means, sigmas = (x.astype(dtype) for x in (coordinates, means, sigmas))
     if size == 0:

@@ -190,6 +190,12 @@ def test_wrong_inputs_are_named():
         jax.eval_shape(
             lambda c: hl.nearest_keys(c, c[:2], 2), jax.ShapeDtypeStruct((2**30 + 1,), jnp.float32)
         )
+    in_order = InOrder.of(jnp.zeros((2, 3, 4)), jnp.int32(4))
+    with pytest.raises(ValueError, match=r"in_order: got shape \(2, 3, 4\), want \(2, 3, 5\)"):
+        hl.content_points(x, x, x[:, 0], num_nearest=2, in_order=in_order)
+    with pytest.raises(ValueError, match="in_order: got limits or a mask as well"):
+        mask = jnp.ones((2, 5), bool)
+        hl.content_points(x, x, x[:, 0], num_nearest=2, mask=mask, in_order=in_order)
     with pytest.raises(ValueError, match="num_nearest: got -1"):
         hl.content_points(x, x, x[:, 0], num_nearest=-1)
     with pytest.raises(ValueError, match=r"mask: got bool\[1, 5\], want bool\[2, 5\]"):

@@ -78,6 +78,9 @@ def test_candidates_stay_apart_while_there_are_others():
     np.testing.assert_array_equal(far, [0, 3, 6])
     crowded = choose(nnx.view(find(5, apart=4), deterministic=True), scores, cells)
     assert list(crowded[:2]) == [0, 4] and len(set(crowded.tolist())) == 5
+    impossible = jnp.where(jnp.arange(7) > 0, -jnp.inf, scores)
+    others = choose(nnx.view(find(5, apart=4), deterministic=True), impossible, cells)
+    assert len(set(others.tolist())) == 5
     drawn = np.asarray(choose(find(3, apart=3, num_anywhere=1), scores, cells))
     assert abs(drawn[0] - drawn[1]) >= 3 and len(set(drawn.tolist())) == 3
 
@@ -98,6 +101,8 @@ def test_tiles_are_read_as_the_image_that_they_make():
     few = nn.TiledImages(tiled.table, jnp.round(255 * tiled.tiles).astype(jnp.uint8))
     np.testing.assert_allclose(few.read(jnp.asarray(whole)), images, atol=0.5 / 255 + 1e-6)
     np.testing.assert_array_equal(few.whole(), few.read(jnp.asarray(whole)))
+    none = nn.TiledImages(tiled.table[:0], tiled.tiles)
+    assert none.read(jnp.asarray(whole)[:0]).shape == none.whole().shape == (0, *images.shape[1:])
 
 
 def test_another_number_of_candidates_in_evaluation():

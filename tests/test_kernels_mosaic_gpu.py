@@ -175,6 +175,16 @@ def test_lists_by_query_hold_what_is_present_in_order(pairs, monkeypatch):
         np.testing.assert_array_equal(weighed[b, at], weights[b, row, where])
 
 
+@pytest.mark.parametrize("pairs", [0, 64])
+def test_integers_of_lists_are_of_32_bits(pairs, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_MAX_PAIRS", pairs)
+    like = [jax.ShapeDtypeStruct((2, 5, 7), t) for t in (jnp.int32, jnp.float32, jnp.bool)]
+    with jax.enable_x64(True):
+        by_query = jax.eval_shape(mosaic_gpu._by_query, *like)
+        by_key = jax.eval_shape(functools.partial(mosaic_gpu._by_key, num_tiles=9), *like)
+    assert {x.dtype.itemsize for x in (*by_query, *by_key)} == {4}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -152,6 +152,23 @@ def test_a_layer_in_training_has_all_derivatives_of_the_evaluated_one(by_output)
             assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_look_inside_shard_map_finds_the_same():
+    graphdef, params, rest = nnx.split(layer(True), nnx.Param, ...)
+    params["tuples"]["looks"][...] = jnp.full_like(params["tuples"]["looks"][...], 0.75)
+    x = jax.random.normal(jax.random.key(0), (3, *IN))
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole, split = jax.P(), jax.P("batch")
+
+    @jax.grad
+    def gradient(params, x):
+        return (nnx.merge(graphdef, params, rest, copy=True)(x) ** 2).sum()
+
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(whole, split), out_specs=whole)
+    found = jax.jit(mapped)(params, x)
+    assert found["tuples"]["looks"][...].any()
+    jax.tree.map(assert_close, found, jax.jit(gradient)(params, x))
+
+
 def test_jumps_find_the_weights_of_another_layer():
     """A layer learns one of as many weights, exactly; on the way every law of places is kept."""
     teacher = nnx.view(layer(True, rngs=nnx.Rngs(7)), deterministic=True)

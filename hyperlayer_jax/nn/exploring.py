@@ -44,14 +44,15 @@ def explore(propose: Propose, tuples: PlacedTuples, x: Any, y: jax.Array) -> jax
             return best(places, *propose(key, places, x, dy))
 
         nothing = jnp.zeros((*places.shape[:-1], places.shape[-1] + 1)), jnp.zeros_like(seeds)
-        return jax.lax.cond(seed != 0, find, lambda: nothing)
+        return jax.lax.cond(seed != 0, find, lambda: tuple(map(vary, nothing)))
 
     # Inside `shard_map` a gradient varies as its operand does.
     axes = frozenset().union(*map(_varying, (y, *known)))
-    linear = [
-        jax.lax.pcast(a, tuple(axes - _varying(a)), to="varying")
-        for a in (tuples.jumped[...], seeds, y)
-    ]
+
+    def vary(a):
+        return jax.lax.pcast(a, tuple(axes - _varying(a)), to="varying")
+
+    linear = map(vary, (tuples.jumped[...], seeds, y))
     return _explore.bind(*linear, *known, look=look)
 
 

@@ -200,6 +200,8 @@ class FindingGlimpses(nnx.Module):
             scores = jnp.where(numbers == chosen, -jnp.inf, scores)
             return scores, chosen[..., 0]
 
+        # What was chosen is below all others, even those of no chance.
+        scores = jnp.maximum(scores, jnp.finfo(scores.dtype).min)
         chosen = jax.lax.scan(pick, scores, length=count)[1]
         return jnp.moveaxis(chosen, 0, -1)
 

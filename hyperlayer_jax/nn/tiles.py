@@ -1,6 +1,7 @@
 """Images of which most is empty, kept as the tiles that are not."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,8 @@ class TiledImages:
         inside = (place >= 0).all(-1) & (place[..., 0] < rows) & (place[..., 1] < columns)
         flat = jnp.where(inside, place[..., 0] * columns + place[..., 1], 0)
         table = self.table.reshape(*leading, rows * columns)
-        tile = jnp.take_along_axis(table, flat.reshape(*leading, -1), -1).reshape(flat.shape)
+        each = flat.reshape(*leading, math.prod(flat.shape[len(leading) :]))
+        tile = jnp.take_along_axis(table, each, -1).reshape(flat.shape)
         pixels = self.tiles[jnp.maximum(tile, 0), within[..., 0], within[..., 1]]
         return self._shown(pixels, inside & (tile >= 0))
 

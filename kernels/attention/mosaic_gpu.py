@@ -180,12 +180,12 @@ def _by_query(tiles, weights, present):
     positions, n = _positions(present), present.shape[2]
     if n <= _MAX_PAIRS:
         here = positions[..., None] == lax.broadcasted_iota(jnp.int32, (1, 1, 1, n), 3)
-        listed = [jnp.where(here, x[..., None], 0).sum(2) for x in (tiles, weights)]
+        listed = [jnp.where(here, x[..., None], 0).sum(2, dtype=x.dtype) for x in (tiles, weights)]
     else:
         listed = lax.sort((positions, tiles, weights), num_keys=1, is_stable=False)[1:]
     tiles, weights = (x.reshape(len(x), -1) for x in listed)
     # Before row i there are n entries of each of i rows: i for each of its own n.
-    starts = (_rows(present) + (~present).astype(jnp.int32)).sum(2)
+    starts = (_rows(present) + (~present).astype(jnp.int32)).sum(2, dtype=jnp.int32)
     return tiles, weights, starts, present.sum(2, dtype=jnp.int32)
 
 
@@ -216,8 +216,8 @@ def _by_key(tiles, weights, present, num_tiles):
         tiles, entries = lax.sort((tiles, entries), num_keys=2, is_stable=False)
     rows, weights = entries // n, jax.vmap(gather_rows)(weights, entries)
     edges = lax.broadcasted_iota(jnp.int32, (1, num_tiles, 1), 1)
-    first, last = _below(tiles, edges), _below(tiles, edges + 1)
-    return rows, weights, first.sum(2), (last - first).sum(2)
+    first, last = (_below(tiles, e).sum(2, dtype=jnp.int32) for e in (edges, edges + 1))
+    return rows, weights, first, last - first
 
 
 def _below(tiles, edges):

@@ -36,6 +36,8 @@ def _dots(product, lhs, rhs):
     `product` takes columns [...,8] of both operands. A sum over a short last axis is slow on CPU.
     """
     d = lhs.shape[-1]
+    if not isinstance(d, int):  # A symbolic size of `jax.export`.
+        return product(lhs, rhs).sum(-1)
     width = min(d, _LANES)
     lhs, rhs = (jnp.pad(x, [(0, 0), (0, -d % width)]) for x in (lhs, rhs))
     columns = [slice(c, c + width) for c in range(0, d, width)]
