@@ -4,7 +4,7 @@ P. Bloem, "Learning sparse transformations through backpropagation", arXiv 1810.
 """
 
 from hyperlayer_jax.attention import sparse_attention
-from hyperlayer_jax.content import content_points, nearest_keys
+from hyperlayer_jax.content import InOrder, content_points, nearest_keys
 from hyperlayer_jax.density import duplicate_mask, redistribute
 from hyperlayer_jax.grids import affine_means, bilinear, box_means, quad_means
 from hyperlayer_jax.hyperlayer import apply_template, discretize, round_tuples
@@ -25,6 +25,7 @@ from hyperlayer_jax.types import IndexTuples, RowSparseTensor, SparseTensor
 __version__ = "0.2.0"
 
 __all__ = [
+    "InOrder",
     "IndexTuples",
     "RowSparseTensor",
     "SoftPermutation",

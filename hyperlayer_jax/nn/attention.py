@@ -126,6 +126,8 @@ class SparseSelfAttention(nnx.Module):
         self.qkv_proj = TokenLinear(features, outputs, use_bias=False, dtype=dtype, rngs=rngs)
         self.out_proj = TokenLinear(features, features, use_bias=False, dtype=dtype, rngs=rngs)
         self.positions = nnx.data(pattern.make_positions(self, rngs))
+        if not isinstance(sampler, Sampler | Mapping | None):
+            raise ValueError(f"sampler: got {sampler!r}, want a Sampler, options of one, or None")
         if not isinstance(sampler, Sampler):
             own = {"num_global": 4, "num_local": 2, "region": 8} | dict(sampler or {})
             sampler = Sampler(**own, rngs=rngs)

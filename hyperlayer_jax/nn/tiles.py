@@ -18,7 +18,7 @@ class TiledImages:
     `FindingGlimpses` takes them in place of images, and never forms an image.
 
     Attributes:
-      table: int32 [*B, H / t, W / t], which tile is there; below 0 where it is empty.
+      table: int32 [*B, H / t, W / t], which tile is there; none where there is no such tile.
       tiles: [n, t, t, C] of all images, n >= 1: floating, or uint8, of which 255 means 1.
     """
 
@@ -55,11 +55,11 @@ class TiledImages:
         each = flat.reshape(*leading, math.prod(flat.shape[len(leading) :]))
         tile = jnp.take_along_axis(table, each, -1).reshape(flat.shape)
         pixels = self.tiles[jnp.maximum(tile, 0), within[..., 0], within[..., 1]]
-        return self._shown(pixels, inside & (tile >= 0))
+        return self._shown(pixels, inside & (tile >= 0) & (tile < len(self.tiles)))
 
     def whole(self) -> jax.Array:
         """The images [*B, H, W, C], with all that is empty: for pictures, or small parts."""
-        there = (self.table >= 0)[..., None, None]
+        there = ((self.table >= 0) & (self.table < len(self.tiles)))[..., None, None]
         tiles = self._shown(self.tiles[jnp.maximum(self.table, 0)], there)
         return tiles.swapaxes(-4, -3).reshape(self.shape)
 
