@@ -27,8 +27,8 @@ BLOCKS = hl.RowSparseTensor(
 )
 # What has no derivative: integers, shapes, and types.
 EXEMPT = {
-    "IndexTuples", "RowSparseTensor", "SparseTensor", "SoftSort", "apply_template", "bucket_starts",
-    "duplicate_mask", "nearest_keys", "sample_indices", "SoftPermutation", "TopK",
+    "InOrder", "IndexTuples", "RowSparseTensor", "SparseTensor", "SoftSort", "apply_template",
+    "bucket_starts", "duplicate_mask", "nearest_keys", "sample_indices", "SoftPermutation", "TopK",
 }  # fmt: skip
 
 

@@ -216,8 +216,9 @@ def _by_key(tiles, weights, present, num_tiles):
         tiles, entries = lax.sort((tiles, entries), num_keys=2, is_stable=False)
     rows, weights = entries // n, jax.vmap(gather_rows)(weights, entries)
     edges = lax.broadcasted_iota(jnp.int32, (1, num_tiles, 1), 1)
-    first, last = (_below(tiles, e).sum(2, dtype=jnp.int32) for e in (edges, edges + 1))
-    return rows, weights, first, last - first
+    first, last = _below(tiles, edges), _below(tiles, edges + 1)
+    starts, counts = (x.sum(2, dtype=jnp.int32) for x in (first, last - first))
+    return rows, weights, starts, counts
 
 
 def _below(tiles, edges):
