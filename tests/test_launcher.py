@@ -1,5 +1,6 @@
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -274,8 +275,10 @@ def test_a_full_disk_names_the_model_there_is(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("signum", process.SIGNALS)
-def test_the_first_signal_waits_for_the_steps_under_way_of_a_launched_run(signum):
-    before = signal.getsignal(signum)
+def test_the_first_signal_waits_for_the_steps_under_way_of_a_launched_run(request, signum):
+    # Under nohup, or in the background of a script, a signal may be ignored from the beginning.
+    before = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+    request.addfinalizer(functools.partial(signal.signal, signum, signal.signal(signum, before)))
     with runs.session(), process.deferred_signals() as signals:
         os.kill(os.getpid(), signum)
         assert signals == [signum] and signal.getsignal(signum) == before
