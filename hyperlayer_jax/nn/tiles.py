@@ -54,15 +54,16 @@ class TiledImages:
         table = self.table.reshape(*leading, rows * columns)
         each = flat.reshape(*leading, math.prod(flat.shape[len(leading) :]))
         tile = jnp.take_along_axis(table, each, -1).reshape(flat.shape)
-        pixels = self.tiles[jnp.maximum(tile, 0), within[..., 0], within[..., 1]]
-        return self._shown(pixels, inside & (tile >= 0) & (tile < len(self.tiles)))
+        return self._pixels(jnp.where(inside, tile, -1), within[..., 0], within[..., 1])
 
     def whole(self) -> jax.Array:
         """The images [*B, H, W, C], with all that is empty: for pictures, or small parts."""
-        there = ((self.table >= 0) & (self.table < len(self.tiles)))[..., None, None]
-        tiles = self._shown(self.tiles[jnp.maximum(self.table, 0)], there)
-        return tiles.swapaxes(-4, -3).reshape(self.shape)
+        return self._pixels(self.table).swapaxes(-4, -3).reshape(self.shape)
 
-    def _shown(self, pixels, there):
-        pixels = jnp.where(there[..., None], pixels, jnp.zeros((), pixels.dtype))
+    def _pixels(self, tile, *place):
+        """Of tiles int32 [...] the pixels at `place`, or all: 0 where there is no such tile."""
+        there = (tile >= 0) & (tile < len(self.tiles))
+        pixels = self.tiles[(jnp.where(there, tile, 0), *place)]
+        there = jnp.expand_dims(there, tuple(range(there.ndim, pixels.ndim)))
+        pixels = jnp.where(there, pixels, jnp.zeros((), pixels.dtype))
         return pixels.astype(self.dtype) / 255 if pixels.dtype == jnp.uint8 else pixels
